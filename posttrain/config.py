@@ -1,0 +1,497 @@
+"""Configuration schemas: every key, its default and its meaning, once. No torch, ray, vllm or deepspeed import.
+
+A default lives on the field; the string under a field is its documentation (`docs/configuration.md` is generated
+from it). `__post_init__` refuses values that cannot work, naming the key, the value and the way out. What needs
+the file system or several sections at once is checked by `posttrain.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message is one line: key, value, way out. The command exits with 2."""
+
+
+def require(condition: bool, key: str, value: Any, way_out: str) -> None:
+    """Raise `UserError` "key=value: way out" unless ``condition`` holds."""
+    if not condition:
+        raise UserError(f"{key}={value!r}: {way_out}")
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class BadRow(str, Enum):
+    fail = "fail"
+    skip = "skip"
+
+
+class Schedule(str, Enum):
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class Replay(str, Enum):
+    auto = "auto"
+    off = "off"
+
+
+class OnUpdate(str, Enum):
+    recompute = "recompute"
+    keep = "keep"
+
+
+class Loss(str, Enum):
+    policy_gradient = "policy_gradient"
+    ppo_clip = "ppo_clip"
+
+
+class Advantage(str, Enum):
+    grpo = "grpo"
+    dr_grpo = "dr_grpo"
+    rloo = "rloo"
+
+
+class Aggregation(str, Enum):
+    seq_mean = "seq_mean"
+    token_mean = "token_mean"
+    token_mean_balanced = "token_mean_balanced"
+
+
+class Correction(str, Enum):
+    icepop = "icepop"
+    tis = "tis"
+    off = "off"
+
+
+class Overlong(str, Enum):
+    mask = "mask"
+    keep = "keep"
+
+
+class TeacherTraining(str, Enum):
+    rl = "rl"
+    sft = "sft"
+    none = "none"
+
+
+class WandbMode(str, Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str = MISSING
+    """Hugging Face checkpoint directory or hub id: safetensors, config.json, tokenizer with a chat template."""
+    revision: str | None = None
+    """Hub revision; recorded in the manifest."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint. Off unless you wrote that code."""
+    attn_implementation: str | None = None
+    """Transformers attention implementation; null lets Transformers choose."""
+    experts_implementation: str | None = "grouped_mm"
+    """Transformers experts implementation; grouped_mm is the fast choice on CPU and GPU."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    path: str = MISSING
+    """JSONL or Parquet file, directory of them, or the name of a `datasets` dataset."""
+    domain: str | None = None
+    """Domain of every row; null reads the row's own `domain` field."""
+    split: str = "train"
+    """Split, for `datasets` sources."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the others."""
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "data.sources.*.weight", self.weight, "give a weight of 0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    path: str | None = None
+    """Shorthand for one source; rows carry their own `domain` (rows without one belong to `default`)."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Named sources: `data.sources.math.path=math.jsonl`."""
+    eval_path: str | None = None
+    """Held-out prompts for evaluation, same format; never trained on."""
+    eval_sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Named held-out sources."""
+    on_bad_row: BadRow = BadRow.fail
+    """fail: stop at the first malformed row with its line number; skip: drop, count and name it."""
+    max_prompt_tokens: int | None = None
+    """Prompts longer than this are refused (or skipped, see on_bad_row); null: what the context leaves room for."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    num_workers: int = 1
+    """Ray actors, one vLLM engine each."""
+    dtype: Dtype = Dtype.bfloat16
+    """Weights and activations of the engine."""
+    max_new_tokens: int = 512
+    """Upper bound on sampled tokens per turn."""
+    max_turns: int = 1
+    """Policy turns per episode; more than 1 needs an environment for the domain."""
+    max_model_len: int = 2048
+    """Context of the engine: prompt, completions and tool results together."""
+    temperature: float = 1.0
+    """Training rollouts are sampled at 1; other values are refused until all logprobs follow them."""
+    top_p: float = 1.0
+    """As temperature: only 1 is accepted for training."""
+    record_routes: Replay = Replay.auto
+    """auto: MoE models record the experts of every token; dense models run without."""
+    on_update: OnUpdate = OnUpdate.recompute
+    """What happens to requests in flight when weights change: KV dropped and rebuilt, or kept and marked."""
+    probe_tolerance: float = 0.1
+    """Largest mean |engine - learner| logprob of the probe text after an update; above it the run stops."""
+    max_retries: int = 2
+    """Times a prompt is generated again after a worker died; then it is quarantined and named."""
+    cores_per_worker: int = 1
+    """CPU cores for each engine (CPU only)."""
+    num_gpus_per_worker: float | None = None
+    """GPUs for each engine; null: 1 (times tensor_parallel_size) where there are GPUs, else 0."""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Passed to vLLM's engine under vLLM's own option names."""
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 1, "rollout.num_workers", self.num_workers, "at least one worker is needed")
+        require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "give at least 1")
+        require(self.max_turns >= 1, "rollout.max_turns", self.max_turns, "give at least 1")
+        require(
+            self.temperature == 1.0,
+            "rollout.temperature",
+            self.temperature,
+            "training rollouts are sampled at temperature 1 (evaluation has eval.temperature)",
+        )
+        require(self.top_p == 1.0, "rollout.top_p", self.top_p, "training rollouts are sampled at top_p 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnerConfig:
+    num_ranks: int = 1
+    """DeepSpeed ranks, one Ray actor each."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage: 0, 1, 2 or 3."""
+    dtype: Dtype = Dtype.float32
+    """Type of the learner's weights and activations."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Schedule = Schedule.constant
+    """Shape of the learning rate after warm-up."""
+    min_lr_ratio: float = 0.0
+    """Last learning rate as a share of the peak (cosine, linear)."""
+    warmup_steps: int = 10
+    """Linear warm-up from 0."""
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW betas."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    grad_clip: float = 1.0
+    """Global gradient norm is clipped to this; 0 turns clipping off."""
+    max_tokens_per_micro_batch: int = 8192
+    """Upper bound on tokens (padding included) of one forward pass on one rank."""
+    pack_tokens: int = 0
+    """Row length into which several documents are packed; 0 gives every document a row of its own."""
+    routing_replay: Replay = Replay.auto
+    """auto: MoE models replay the recorded routes in RL and MOPD (R3)."""
+    expert_bias_rate: float = 0.0
+    """gamma of the aux-loss-free bias update, once per optimizer step; 0 leaves the bias alone."""
+    aux_loss_coef: float = 0.0
+    """Coefficient of the sequence-wise balance loss."""
+    freeze_router: bool = False
+    """No gradient for router weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    logprob_chunk_tokens: int = 2048
+    """Tokens whose logits exist at once; bounds the memory of the vocabulary softmax."""
+    cores_per_rank: int | None = None
+    """Torch threads of a rank (CPU only); null: all cores divided by the number of ranks."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Passed to DeepSpeed under its own option names; keys that this config owns are refused."""
+
+    def __post_init__(self) -> None:
+        require(self.num_ranks >= 1, "learner.num_ranks", self.num_ranks, "at least one rank is needed")
+        require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
+        require(self.lr > 0, "learner.lr", self.lr, "give a positive learning rate")
+        require(len(self.betas) == 2, "learner.betas", self.betas, "give two numbers")
+        for key in ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "fp16"):
+            require(key not in self.deepspeed, f"learner.deepspeed.{key}", self.deepspeed.get(key), "the learner sets this itself; remove the key")
+
+
+@dataclass(kw_only=True, slots=True)
+class SFTAlgorithm:
+    steps: int = 100
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Conversations per step, over all ranks."""
+    max_tokens: int = 2048
+    """Longer conversations are refused (or skipped, see data.on_bad_row)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyAlgorithm:
+    """What RL and MOPD share: one loop, `advantage = beta * (teacher - policy) + alpha * outcome`."""
+
+    steps: int = 100
+    """Optimizer batches."""
+    prompts_per_step: int = 128
+    """Prompts (groups) per batch."""
+    group_size: int = 1
+    """Samples per prompt."""
+    loss: Loss = Loss.policy_gradient
+    """policy_gradient: eq. 7 of the MiMo report; ppo_clip: clipped surrogate with clip-higher (DAPO)."""
+    beta: float = 0.0
+    """Weight of the teacher log-ratio. 1 in MOPD, 0 in RL."""
+    alpha: float = 1.0
+    """Weight of the outcome (ORM) advantage. 1 in RL, 0 in MOPD."""
+    advantage: Advantage = Advantage.grpo
+    """Outcome advantage within a group."""
+    aggregation: Aggregation = Aggregation.seq_mean
+    """How tokens add up to the loss: every sequence, every token or every domain's target share counts the same."""
+    target_shares: dict[str, float] = field(default_factory=dict)
+    """Share of each domain under token_mean_balanced; empty: its share of the prompts."""
+    correction: Correction = Correction.icepop
+    """Train/inference ratio pi/mu: drop tokens outside the band, truncate, or ignore."""
+    ratio_low: float = 0.5
+    """Lower end of the icepop band on pi/mu."""
+    ratio_high: float = 5.0
+    """Upper end of the icepop band on pi/mu."""
+    ratio_truncate: float = 2.0
+    """tis truncates pi/mu here."""
+    teacher_clip: float = 5.0
+    """The teacher log-ratio is clipped to plus or minus this."""
+    clip_low: float = 0.2
+    """PPO clip below: 1 - clip_low on pi/pi_old."""
+    clip_high: float = 0.28
+    """PPO clip above (clip-higher): 1 + clip_high."""
+    updates_per_batch: int = 1
+    """Optimizer steps on one batch of rollouts."""
+    max_off_policy_steps: int = 0
+    """0: generation and training alternate, strictly on-policy; n: rollouts may be up to n versions old."""
+    drop_equal_groups: bool = False
+    """Dynamic sampling (DAPO): groups whose rewards are all equal are replaced by others."""
+    overlong: Overlong = Overlong.mask
+    """Truncated rollouts: mask leaves them out of loss and baseline, keep trains on them with their reward."""
+
+    def __post_init__(self) -> None:
+        require(self.prompts_per_step >= 1, "algorithm.prompts_per_step", self.prompts_per_step, "give at least 1")
+        require(self.group_size >= 1, "algorithm.group_size", self.group_size, "give at least 1")
+        require(
+            self.alpha == 0 or self.group_size > 1,
+            "algorithm.group_size",
+            self.group_size,
+            "an outcome advantage (algorithm.alpha > 0) compares samples of one prompt; give at least 2, or algorithm.alpha=0",
+        )
+        require(0 <= self.ratio_low < 1 < self.ratio_high, "algorithm.ratio_low", self.ratio_low, "the band must hold 1: ratio_low < 1 < ratio_high")
+        require(self.alpha != 0 or self.beta != 0, "algorithm.alpha", self.alpha, "alpha and beta are both 0: nothing would be learned")
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    path: str | None = None
+    """Frozen checkpoint of this domain's teacher. In `pipeline`, null means: trained here, see train."""
+    train: TeacherTraining = TeacherTraining.rl
+    """pipeline only: rl (from the SFT model), sft (on the domain's own data) or none (path, or the SFT model itself)."""
+    steps: int | None = None
+    """pipeline only: steps of this teacher; null: those of the stage."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherWorkerConfig:
+    num_workers: int = 1
+    """Ray actors that score; teachers are spread over them."""
+    dtype: Dtype = Dtype.float32
+    """Type in which teachers are held."""
+    max_tokens_per_batch: int = 8192
+    """Tokens (padding included) of one scoring forward."""
+    cores_per_worker: int | None = None
+    """Torch threads of a worker (CPU only); null: all cores."""
+    num_gpus_per_worker: float | None = None
+    """GPUs for each worker; null: 1 where there are GPUs to spare, else 0."""
+    max_initial_kl: float = 2.0
+    """Preflight refuses a teacher whose mean |log-ratio| to the student on the student's own samples is above this."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every_steps: int = 20
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+    """Checkpoints kept on disk."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    num_prompts: int | None = None
+    """Held-out prompts per domain; null: all."""
+    num_samples: int = 4
+    """Samples a prompt at the evaluation temperature."""
+    temperature: float = 1.0
+    """Temperature of the sampled evaluation."""
+    greedy: bool = True
+    """Also one greedy sample a prompt."""
+    every_steps: int = 0
+    """Evaluate during mopd every so many steps (0: only at the end of the pipeline)."""
+    every_num_prompts: int = 50
+    """Prompts per domain of the evaluation during a run."""
+    cross_num_prompts: int = 200
+    """pipeline: prompts per cell of the teachers x domains table."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    wandb: WandbMode = WandbMode.offline
+    """offline needs no account; `wandb sync` uploads later."""
+    project: str = "posttrain"
+    entity: str | None = None
+    console: bool = True
+    """Live progress display."""
+    rollout_samples: int = 8
+    """Rollouts per step written to rollouts/ with their per-token scores."""
+    rollout_every_steps: int = 10
+    """Steps between written samples."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RayConfig:
+    address: str | None = None
+    """null starts Ray on this machine, bound to the loopback address; `auto` or an address joins a cluster."""
+    num_cpus: int | None = None
+    """CPUs that a local Ray offers; null: what the machine has."""
+    object_store_gb: float = 1.0
+    """Shared memory of a local Ray for rollouts and weights, GiB."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """What every run has."""
+
+    name: str = MISSING
+    """Folder of the run under runs_dir."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    fresh: bool = False
+    """Start over: the folder's former content is moved to `<name>.old-<time>`. Default is to resume."""
+    dry_run: bool = False
+    """Resolve, validate, print what would be used, and start nothing."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class SFTRun(RunConfig):
+    """`posttrain sft`"""
+
+    name: str = "sft"
+    algorithm: SFTAlgorithm = field(default_factory=SFTAlgorithm)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyRun(RunConfig):
+    """What `rl` and `mopd` share."""
+
+    algorithm: PolicyAlgorithm = field(default_factory=PolicyAlgorithm)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
+    environments: dict[str, Any] = field(default_factory=dict)
+    """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class RLRun(PolicyRun):
+    """`posttrain rl`"""
+
+    name: str = "rl"
+    domain: str | None = None
+    """Train on this domain's prompts only; null: all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MOPDRun(PolicyRun):
+    """`posttrain mopd`"""
+
+    name: str = "mopd"
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Teacher of each domain: `teachers.math.path=DIR`."""
+    teacher_workers: TeacherWorkerConfig = field(default_factory=TeacherWorkerConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class SFTStage:
+    algorithm: SFTAlgorithm = field(default_factory=SFTAlgorithm)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyStage:
+    algorithm: PolicyAlgorithm = field(default_factory=PolicyAlgorithm)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class PipelineRun(RunConfig):
+    """`posttrain pipeline`: SFT, one teacher per domain, MOPD, evaluation, table."""
+
+    name: str = "pipeline"
+    sft: SFTStage = field(default_factory=SFTStage)
+    rl: PolicyStage = field(default_factory=PolicyStage)
+    mopd: PolicyStage = field(default_factory=PolicyStage)
+    sft_data: DataConfig = field(default_factory=DataConfig)
+    """Demonstrations for the SFT stage; `data` holds the prompts of RL and MOPD."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    teacher_workers: TeacherWorkerConfig = field(default_factory=TeacherWorkerConfig)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    environments: dict[str, Any] = field(default_factory=dict)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalRun(RunConfig):
+    """`posttrain eval`: accuracy of one checkpoint on held-out prompts."""
+
+    name: str = "eval"
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    environments: dict[str, Any] = field(default_factory=dict)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class DoctorRun(RunConfig):
+    """`posttrain doctor`: versions, devices, memory, and what is wrong."""
+
+    name: str = "doctor"
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+
+RUNS: dict[str, type[RunConfig]] = {
+    "sft": SFTRun,
+    "rl": RLRun,
+    "mopd": MOPDRun,
+    "pipeline": PipelineRun,
+    "eval": EvalRun,
+    "doctor": DoctorRun,
+}
