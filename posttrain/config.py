@@ -250,8 +250,8 @@ class PolicyAlgorithm:
     """Optimizer batches."""
     prompts_per_step: int = 128
     """Prompts (groups) per batch."""
-    group_size: int = 1
-    """Samples per prompt."""
+    group_size: int = 8
+    """Samples per prompt. MOPD needs one, an outcome advantage at least 2."""
     loss: Loss = Loss.policy_gradient
     """policy_gradient: eq. 7 of the MiMo report; ppo_clip: clipped surrogate with clip-higher (DAPO)."""
     beta: float = 0.0
@@ -298,6 +298,11 @@ class PolicyAlgorithm:
         )
         require(0 <= self.ratio_low < 1 < self.ratio_high, "algorithm.ratio_low", self.ratio_low, "the band must hold 1: ratio_low < 1 < ratio_high")
         require(self.alpha != 0 or self.beta != 0, "algorithm.alpha", self.alpha, "alpha and beta are both 0: nothing would be learned")
+
+
+def mopd_algorithm() -> PolicyAlgorithm:
+    """Defaults of MOPD: the teacher's log-ratio alone, one sample a prompt."""
+    return PolicyAlgorithm(beta=1.0, alpha=0.0, group_size=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -432,6 +437,7 @@ class MOPDRun(PolicyRun):
     """`posttrain mopd`"""
 
     name: str = "mopd"
+    algorithm: PolicyAlgorithm = field(default_factory=mopd_algorithm)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Teacher of each domain: `teachers.math.path=DIR`."""
     teacher_workers: TeacherWorkerConfig = field(default_factory=TeacherWorkerConfig)
@@ -456,7 +462,7 @@ class PipelineRun(RunConfig):
     name: str = "pipeline"
     sft: SFTStage = field(default_factory=SFTStage)
     rl: PolicyStage = field(default_factory=PolicyStage)
-    mopd: PolicyStage = field(default_factory=PolicyStage)
+    mopd: PolicyStage = field(default_factory=lambda: PolicyStage(algorithm=mopd_algorithm()))
     sft_data: DataConfig = field(default_factory=DataConfig)
     """Demonstrations for the SFT stage; `data` holds the prompts of RL and MOPD."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
