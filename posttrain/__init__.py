@@ -1,0 +1,1 @@
+"""Post-training for mixture-of-experts models: SFT, RL teachers, multi-teacher on-policy distillation."""

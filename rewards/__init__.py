@@ -1,0 +1,1 @@
+"""Rewards and the verifiers behind them."""

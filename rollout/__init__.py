@@ -1,0 +1,1 @@
+"""Rollout: sampling completions from the policy with vLLM."""

@@ -1,0 +1,1 @@
+"""Teachers: frozen models that score the completions of the policy."""
