@@ -167,7 +167,9 @@ class RolloutConfig:
     """Passed to vLLM's engine under vLLM's own option names."""
 
     def __post_init__(self) -> None:
-        require(self.num_workers >= 1, "rollout.num_workers", self.num_workers, "at least one worker is needed")
+        require(
+            self.num_workers >= 1, "rollout.num_workers", self.num_workers, "at least one worker is needed"
+        )
         require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "give at least 1")
         require(self.max_turns >= 1, "rollout.max_turns", self.max_turns, "give at least 1")
         require(
@@ -228,8 +230,19 @@ class LearnerConfig:
         require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
         require(self.lr > 0, "learner.lr", self.lr, "give a positive learning rate")
         require(len(self.betas) == 2, "learner.betas", self.betas, "give two numbers")
-        for key in ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "fp16"):
-            require(key not in self.deepspeed, f"learner.deepspeed.{key}", self.deepspeed.get(key), "the learner sets this itself; remove the key")
+        for key in (
+            "gradient_accumulation_steps",
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "bf16",
+            "fp16",
+        ):
+            require(
+                key not in self.deepspeed,
+                f"learner.deepspeed.{key}",
+                self.deepspeed.get(key),
+                "the learner sets this itself; remove the key",
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -288,7 +301,9 @@ class PolicyAlgorithm:
     """Truncated rollouts: mask leaves them out of loss and baseline, keep trains on them with their reward."""
 
     def __post_init__(self) -> None:
-        require(self.prompts_per_step >= 1, "algorithm.prompts_per_step", self.prompts_per_step, "give at least 1")
+        require(
+            self.prompts_per_step >= 1, "algorithm.prompts_per_step", self.prompts_per_step, "give at least 1"
+        )
         require(self.group_size >= 1, "algorithm.group_size", self.group_size, "give at least 1")
         require(
             self.alpha == 0 or self.group_size > 1,
@@ -296,8 +311,18 @@ class PolicyAlgorithm:
             self.group_size,
             "an outcome advantage (algorithm.alpha > 0) compares samples of one prompt; give at least 2, or algorithm.alpha=0",
         )
-        require(0 <= self.ratio_low < 1 < self.ratio_high, "algorithm.ratio_low", self.ratio_low, "the band must hold 1: ratio_low < 1 < ratio_high")
-        require(self.alpha != 0 or self.beta != 0, "algorithm.alpha", self.alpha, "alpha and beta are both 0: nothing would be learned")
+        require(
+            0 <= self.ratio_low < 1 < self.ratio_high,
+            "algorithm.ratio_low",
+            self.ratio_low,
+            "the band must hold 1: ratio_low < 1 < ratio_high",
+        )
+        require(
+            self.alpha != 0 or self.beta != 0,
+            "algorithm.alpha",
+            self.alpha,
+            "alpha and beta are both 0: nothing would be learned",
+        )
 
 
 def mopd_algorithm() -> PolicyAlgorithm:

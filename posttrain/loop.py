@@ -1,0 +1,393 @@
+"""The on-policy loop that `rl` and `mopd` share.
+
+Each step, in the order of the algorithm: sample, reward, teacher score, advantage, batch, train, update weights, log.
+RL and MOPD differ in `LossSettings` (alpha, beta) and in whether there are teachers.
+
+Prompts are submitted in *waves*: one wave per step. With ``max_off_policy_steps = k``, waves ``s .. s + k`` are in
+flight while step ``s`` trains, and step ``s`` trains on wave ``s`` exactly, after its last rollout has finished. So
+a rollout is at most ``k`` policy versions old when its wave was drawn, no rollout is dropped for being late, and
+short answers get no advantage over long ones.
+
+The driver holds object references and scalars; tokens, routes and scores go from worker to learner.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+
+from posttrain.advantages import group_advantages
+from posttrain.config import Dtype, Overlong, PolicyAlgorithm, UserError
+from posttrain.learner.group import LearnerGroup
+from posttrain.records import (
+    GroupSummary,
+    LossSettings,
+    RewardResult,
+    RolloutGroup,
+    RolloutStatus,
+    SampleRef,
+    SamplingSettings,
+)
+from posttrain.report.rollouts import write_rollouts
+from posttrain.run_folder import RunFolder
+from posttrain.scheduler import Scheduler
+from posttrain.tracking import Tracker
+from posttrain.weighting import token_weights
+from rewards.pool import RewardPool
+from rollout.pool import RolloutPool
+from teachers.pool import TeacherPool
+
+TRAINABLE = (RolloutStatus.completed, RolloutStatus.truncated)
+
+
+@dataclass(kw_only=True, slots=True)
+class Collected:
+    """One finished group of a wave: where it lies, its scalars, and what rewards and teachers said."""
+
+    ref: Any
+    summary: GroupSummary
+    rewards: list[RewardResult] | None = None
+    teacher_ref: Any = None
+    teacher_offset: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Wave:
+    """The prompts of one step and what has come back of them."""
+
+    step: int
+    waiting: set[str]
+    done: list[Collected] = field(default_factory=list)
+
+
+class PolicyLoop:
+    """Runs the steps. Everything it drives is started and stopped by its caller.
+
+    Args:
+        algorithm: batch size, group size, aggregation, staleness.
+        loss: weights and clips of the per-token objective.
+        sampling: how training prompts are sampled.
+        rewards: None when no reward is configured (MOPD with alpha 0).
+        teachers: None in RL.
+        probe_texts: token ids whose logprobs engine and learner must agree on after every update.
+        probe_tolerance: largest mean |difference| allowed there, nat.
+    """
+
+    def __init__(
+        self,
+        *,
+        algorithm: PolicyAlgorithm,
+        loss: LossSettings,
+        sampling: SamplingSettings,
+        rollout_dtype: Dtype,
+        scheduler: Scheduler,
+        rollouts: RolloutPool,
+        learner: LearnerGroup,
+        rewards: RewardPool | None,
+        teachers: TeacherPool | None,
+        tracker: Tracker,
+        folder: RunFolder,
+        checkpoint_every: int,
+        probe_texts: list[np.ndarray],
+        probe_tolerance: float,
+        rollout_samples: int = 0,
+        rollout_every_steps: int = 10,
+    ) -> None:
+        self.algorithm = algorithm
+        self.loss = loss
+        self.sampling = sampling
+        self.rollout_dtype = rollout_dtype
+        self.scheduler = scheduler
+        self.rollouts = rollouts
+        self.learner = learner
+        self.rewards = rewards
+        self.teachers = teachers
+        self.tracker = tracker
+        self.folder = folder
+        self.checkpoint_every = checkpoint_every
+        self.probe_texts = probe_texts
+        self.probe_tolerance = probe_tolerance
+        self.rollout_samples = rollout_samples
+        self.rollout_every_steps = rollout_every_steps
+        self.waves: dict[int, Wave] = {}
+        self.wave_of: dict[str, int] = {}
+        self.num_quarantined = 0
+        self.last_batch: list[SampleRef] = []
+
+    def run(self, first_step: int) -> None:
+        """Train steps ``first_step .. algorithm.steps`` (1-indexed, inclusive)."""
+        last_step = self.algorithm.steps
+        self.update_weights(policy_version=first_step - 1)
+        for step in range(first_step, last_step + 1):
+            clock = Clock()
+            with clock("generate"):
+                for ahead in range(step, min(step + self.algorithm.max_off_policy_steps, last_step) + 1):
+                    self.submit_wave(ahead)
+                wave = self.collect(step, clock)
+            samples, metrics = self.batch(wave, step)
+            with clock("train"):
+                metrics |= self.learner.train_step(samples, self.loss, step, self.algorithm.updates_per_batch)
+            self.last_batch = samples
+            with clock("update_weights"):
+                metrics |= self.update_weights(policy_version=step)
+            self.scheduler.trained(c.summary.group_id for c in wave.done)
+            if self.rollout_samples and step % self.rollout_every_steps == 0:
+                self.write_samples(wave, step)
+            if step % self.checkpoint_every == 0 or step == last_step:
+                with clock("checkpoint"):
+                    self.folder.save(
+                        step, self.learner.save_checkpoint, {"scheduler": self.scheduler.state()}
+                    )
+            self.tracker.log(step, metrics | clock.metrics(num_tokens=metrics["tokens/all"]))
+
+    # Sample ---------------------------------------------------------------------------------------------------
+
+    def submit_wave(self, step: int) -> None:
+        """Draw and submit the prompts of one step, once."""
+        if step not in self.waves:
+            self.waves[step] = Wave(step=step, waiting=set())
+            self.submit(self.waves[step], self.algorithm.prompts_per_step)
+
+    def submit(self, wave: Wave, num_prompts: int) -> None:
+        for drawn in self.scheduler.draw(num_prompts):
+            wave.waiting.add(drawn.group_id)
+            self.wave_of[drawn.group_id] = wave.step
+            self.rollouts.submit(drawn.prompt, self.sampling, drawn.group_id)
+
+    def collect(self, step: int, clock: Clock) -> Wave:
+        """Wait for the wave of ``step``, rewards and teacher scores included.
+
+        Consumes finished groups of any wave; unblocked by the last group of this one. With ``drop_equal_groups``
+        a group whose rewards are all equal is replaced by another prompt, at most twice the batch per step.
+        """
+        wave = self.waves.pop(step)
+        spare = 2 * self.algorithm.prompts_per_step if self.algorithm.drop_equal_groups else 0
+        while True:
+            while wave.waiting:
+                self.receive(wave)
+            with clock("reward"):
+                self.score_rewards(wave)
+            equal = [c for c in wave.done if self.is_equal(c)] if spare > 0 else []
+            equal = equal[:spare]
+            if not equal:
+                break
+            spare -= len(equal)
+            self.scheduler.trained(c.summary.group_id for c in equal)
+            wave.done = [c for c in wave.done if c not in equal]
+            self.submit(wave, len(equal))
+        # Finished groups come in the order of their luck; the order of drawing makes a batch reproducible.
+        wave.done.sort(key=lambda c: c.summary.group_id)
+        with clock("teacher"):
+            self.score_teachers(wave)
+        return wave
+
+    def receive(self, wave: Wave) -> None:
+        for ref, summary in self.rollouts.wait(timeout_s=5.0):
+            owner = self.wave_of.pop(summary.group_id)
+            target = wave if owner == wave.step else self.waves[owner]
+            target.waiting.discard(summary.group_id)
+            target.done.append(Collected(ref=ref, summary=summary))
+        for prompt_id, reason in self.rollouts.quarantined[self.num_quarantined :]:
+            self.num_quarantined += 1
+            self.tracker.event("prompt_quarantined", prompt_id=prompt_id, reason=reason)
+        for group_id in self.rollouts.pop_lost():
+            owner = self.wave_of.pop(group_id)
+            (wave if owner == wave.step else self.waves[owner]).waiting.discard(group_id)
+            self.scheduler.trained([group_id])
+
+    # Reward, teacher score ------------------------------------------------------------------------------------
+
+    def score_rewards(self, wave: Wave) -> None:
+        todo = [c for c in wave.done if c.rewards is None]
+        if self.rewards is None or not todo:
+            return
+        for collected, results in zip(todo, ray.get(self.rewards.score([c.ref for c in todo])), strict=True):
+            collected.rewards = results
+            for result in results:
+                if result.error is not None and not any(collected.summary.errors):
+                    self.tracker.event(
+                        "reward_error", group_id=collected.summary.group_id, error=result.error
+                    )
+
+    def score_teachers(self, wave: Wave) -> None:
+        """One call per domain, results stay with their teacher; waits, so that CPU teachers leave the learner alone."""
+        if self.teachers is None:
+            return
+        by_domain: dict[str, list[Collected]] = defaultdict(list)
+        for collected in wave.done:
+            by_domain[collected.summary.domain].append(collected)
+        refs = []
+        for domain, members in by_domain.items():
+            scores = self.teachers.score(domain, [c.ref for c in members])
+            refs.append(scores)
+            offset = 0
+            for collected in members:
+                collected.teacher_ref, collected.teacher_offset = scores, offset
+                offset += len(collected.summary.statuses)
+        ready, _ = ray.wait(refs, num_returns=len(refs), fetch_local=False)
+        assert len(ready) == len(refs)
+
+    def is_equal(self, collected: Collected) -> bool:
+        """True when the outcome advantage of every member is zero, so that the group teaches nothing."""
+        if self.loss.beta != 0:
+            return False
+        rewards, valid = self.outcomes(collected)
+        return bool(len(set(rewards[valid].tolist())) <= 1)
+
+    def outcomes(self, collected: Collected) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards [G] and the mask [G] of rollouts that may be trained on and compared."""
+        summary = collected.summary
+        valid = np.array(
+            [s in TRAINABLE and n > 0 for s, n in zip(summary.statuses, summary.num_loss_tokens, strict=True)]
+        )
+        if self.algorithm.overlong is Overlong.mask:
+            valid &= np.array([s is not RolloutStatus.truncated for s in summary.statuses])
+        if collected.rewards is None:
+            return np.zeros(len(valid), np.float32), valid
+        valid &= np.array([r.error is None for r in collected.rewards])
+        return np.array([r.reward for r in collected.rewards], np.float32), valid
+
+    # Advantage, batch -----------------------------------------------------------------------------------------
+
+    def batch(self, wave: Wave, step: int) -> tuple[list[SampleRef], dict[str, float]]:
+        """The samples of a step with their advantages and weights, and the metrics of the rollouts."""
+        samples: list[SampleRef] = []
+        loss_tokens: list[int] = []
+        num_mixed = 0
+        for collected in wave.done:
+            summary = collected.summary
+            rewards, valid = self.outcomes(collected)
+            advantages = np.zeros(len(rewards), np.float32)
+            if self.loss.alpha != 0:
+                advantages = group_advantages(rewards, valid, self.algorithm.advantage.value)
+                num_mixed += bool(np.any(advantages[valid] != 0))
+            for index in np.flatnonzero(valid).tolist():
+                loss_tokens.append(summary.num_loss_tokens[index])
+                samples.append(
+                    SampleRef(
+                        source_ref=collected.ref,
+                        index=index,
+                        num_tokens=summary.num_tokens[index],
+                        weight=0.0,
+                        teacher_ref=collected.teacher_ref,
+                        teacher_index=collected.teacher_offset + index,
+                        orm_advantage=float(advantages[index]),
+                        domain=summary.domain,
+                    )
+                )
+        if not samples:
+            reasons = sorted({e for c in wave.done for e in c.summary.errors if e} | self.reward_errors(wave))
+            raise UserError(
+                f"step {step}: no rollout of the batch can be trained on: {'; '.join(reasons)[:500] or 'all truncated; raise rollout.max_new_tokens or set algorithm.overlong=keep'}"
+            )
+        weights, shares = token_weights(
+            np.array(loss_tokens),
+            [s.domain for s in samples],
+            self.algorithm.aggregation.value,
+            self.algorithm.target_shares,
+        )
+        for sample, weight in zip(samples, weights.tolist(), strict=True):
+            sample.weight = weight
+        metrics = rollout_metrics(wave, step)
+        metrics |= {f"share/tokens/{domain}": share for domain, share in shares.items()}
+        if self.loss.alpha != 0:
+            metrics["reward/mixed_groups"] = num_mixed / len(wave.done)
+            if num_mixed == 0:
+                self.tracker.event(
+                    "alarm",
+                    name="no_mixed_groups",
+                    step=step,
+                    hint="every group has equal rewards: nothing is learned; vary the prompts' difficulty or lower learner.lr",
+                )
+        return samples, metrics
+
+    def reward_errors(self, wave: Wave) -> set[str]:
+        return {r.error for c in wave.done for r in c.rewards or [] if r.error}
+
+    # Update weights -------------------------------------------------------------------------------------------
+
+    def update_weights(self, policy_version: int) -> dict[str, float]:
+        """Push the learner's weights to every rollout worker and prove on the probe texts that they arrived.
+
+        Raises:
+            RuntimeError: engine and learner disagree on the probe texts by more than the tolerance.
+        """
+        bundle = self.learner.export_weights(policy_version, self.rollout_dtype)
+        self.rollouts.update_weights(bundle, policy_version)
+        engine, routes = self.rollouts.score(self.probe_texts)
+        policy = self.learner.logprobs(self.probe_texts, routes)
+        gap = np.concatenate([np.abs(a - b)[1:] for a, b in zip(engine, policy, strict=True)])
+        if not float(gap.mean()) <= self.probe_tolerance:  # also true for NaN
+            raise RuntimeError(
+                f"policy version {policy_version}: engine and learner disagree by {gap.mean():.4f} nat per token on the "
+                f"probe texts (rollout.probe_tolerance={self.probe_tolerance}); the engine does not hold the learner's weights"
+            )
+        return {"probe/mean_abs": float(gap.mean()), "probe/max_abs": float(gap.max())}
+
+    def write_samples(self, wave: Wave, step: int) -> None:
+        chosen = wave.done[:: max(1, len(wave.done) // self.rollout_samples)][: self.rollout_samples]
+        groups: list[RolloutGroup] = ray.get([c.ref for c in chosen])
+        rows = []
+        for collected, group in zip(chosen, groups, strict=True):
+            scores = (
+                ray.get(collected.teacher_ref)[collected.teacher_offset] if collected.teacher_ref else None
+            )
+            rows.append((group.rollouts[0], scores, collected.rewards[0] if collected.rewards else None))
+        write_rollouts(self.folder.path, step, rows)
+
+
+def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:
+    """Rewards, lengths, truncation and age of a wave, overall and per domain."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for collected in wave.done:
+        summary = collected.summary
+        for i, status in enumerate(summary.statuses):
+            both = ("all", summary.domain)
+            for name in both:
+                values[f"length/{name}"].append(summary.num_loss_tokens[i])
+                values[f"truncated/{name}"].append(status is RolloutStatus.truncated)
+                values[f"failed/{name}"].append(status not in TRAINABLE)
+                if collected.rewards is not None and collected.rewards[i].error is None:
+                    values[f"reward/{name}"].append(collected.rewards[i].reward)
+        values[f"share/prompts/{summary.domain}"].append(1.0)
+    metrics = {k: float(np.mean(v)) for k, v in values.items() if not k.startswith("share/")}
+    metrics |= {k: sum(v) / len(wave.done) for k, v in values.items() if k.startswith("share/")}
+    metrics["tokens/all"] = float(sum(sum(c.summary.num_loss_tokens) for c in wave.done))
+    metrics["policy_age/max"] = float(max(step - 1 - c.summary.min_policy_version for c in wave.done))
+    return metrics
+
+
+class Clock:
+    """Wall seconds per part of a step; an inner part is taken out of the outer one."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._spent: dict[str, float] = defaultdict(float)
+        self._stack: list[str] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        self._stack.append(part)
+        try:
+            yield
+        finally:
+            self._stack.pop()
+            spent = time.perf_counter() - begin
+            self._spent[part] += spent
+            if self._stack:
+                self._spent[self._stack[-1]] -= spent
+
+    def metrics(self, num_tokens: float) -> dict[str, float]:
+        """time_s/<part>, the rest, the whole step, and sampled tokens per second of the whole step."""
+        total = time.perf_counter() - self._start
+        parts = {f"time_s/{k}": v for k, v in self._spent.items()}
+        rest = {"time_s/rest": total - sum(self._spent.values()), "time_s/step": total}
+        return parts | rest | {"tokens_per_s": num_tokens / total}

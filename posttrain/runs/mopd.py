@@ -1,0 +1,13 @@
+"""Multi-teacher on-policy distillation: all teachers into one student (MiMo-V2-Flash report, eq. 5-9)."""
+
+from __future__ import annotations
+
+from posttrain.config import MOPDRun
+from posttrain.engines import Engines
+from posttrain.runs.policy import run_policy
+
+
+def run(cfg: MOPDRun, engines: Engines | None = None) -> str:
+    """Train, and return the folder of the finished model. Resumes where the run folder stands."""
+    paths = {domain: str(teacher.path) for domain, teacher in cfg.teachers.items()}
+    return run_policy(cfg, engines, paths, headline=["teacher/mean_abs", "reward/all", "length/all"])

@@ -1,0 +1,140 @@
+"""What `rl` and `mopd` share: prompts, engines, the loop, the finished model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import numpy as np
+
+from posttrain.config import MOPDRun, PolicyAlgorithm, PolicyRun, RLRun
+from posttrain.data.sources import load_prompts, source_weights
+from posttrain.data.tokenizer import load_tokenizer
+from posttrain.engines import Engines
+from posttrain.loop import PolicyLoop
+from posttrain.records import LossSettings, Prompt, SamplingSettings
+from posttrain.run_folder import RunFolder
+from posttrain.scheduler import Scheduler
+from posttrain.tracking import Tracker
+
+PROBE_PROMPTS = 4
+
+
+def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, teacher_paths: dict[str, str], headline: list[str]) -> str:
+    """Train a policy on its own samples, and return the folder of the finished model.
+
+    Args:
+        engines: living processes to use; None starts and ends its own.
+        teacher_paths: domain -> checkpoint; empty in RL.
+        headline: metrics for the progress display.
+    """
+    folder = RunFolder.open(cfg)
+    if folder.finished:
+        print(f"{folder.path}: finished before; nothing to do")
+        return str(folder.model)
+    prompts = training_prompts(cfg)
+    domains = sorted({p.domain for p in prompts})
+    scheduler = Scheduler(by_source(prompts), source_weights(cfg.data), cfg.seed)
+
+    with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
+        # Engines start side by side; imports are most of it.
+        starting = [
+            engines.in_background(engines.learner, cfg.learner, cfg.model, total_updates(cfg.algorithm), cfg.seed),
+            engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed),
+        ]
+        rewards = engines.rewards(cfg.rewards, domains) if cfg.rewards else None
+        teachers = None
+        if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
+            teachers = engines.teachers(cfg.teacher_workers, cfg.model, {d: teacher_paths[d] for d in domains})
+        learner, rollouts = (s.result() for s in starting)
+
+        # Where a former process of this run stopped.
+        first_step = 1
+        if checkpoint := folder.latest():
+            learner.load_checkpoint(checkpoint.folder)
+            scheduler.load_state(checkpoint.state["scheduler"])
+            first_step = checkpoint.step + 1
+        tracker = Tracker(
+            folder.path, cfg.tracking, cfg.name, asdict(cfg), cfg.algorithm.steps, first_step - 1, headline
+        )
+
+        loop = PolicyLoop(
+            algorithm=cfg.algorithm,
+            loss=loss_settings(cfg.algorithm),
+            sampling=training_sampling(cfg),
+            rollout_dtype=cfg.rollout.dtype,
+            scheduler=scheduler,
+            rollouts=rollouts,
+            learner=learner,
+            rewards=rewards,
+            teachers=teachers,
+            tracker=tracker,
+            folder=folder,
+            checkpoint_every=cfg.checkpoint.every_steps,
+            probe_texts=probe_texts(prompts),
+            probe_tolerance=cfg.rollout.probe_tolerance,
+            rollout_samples=cfg.tracking.rollout_samples,
+            rollout_every_steps=cfg.tracking.rollout_every_steps,
+        )
+        loop.run(first_step)
+        folder.write_json("replay.json", learner.mismatch(loop.last_batch) if loop.last_batch else {})
+        learner.save_model(folder.model)
+        tracker.finish()
+    folder.finish()
+    return str(folder.model)
+
+
+def training_prompts(cfg: RLRun | MOPDRun) -> list[Prompt]:
+    """Prompts of the run, of one domain where an RL run names one."""
+    tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
+    domain = cfg.domain if isinstance(cfg, RLRun) else None
+    return load_prompts(cfg.data, tokenizer, max_prompt_tokens(cfg), domain=domain)
+
+
+def max_prompt_tokens(cfg: PolicyRun) -> int:
+    """Longest prompt that leaves room for one completion in the engine's context."""
+    return cfg.data.max_prompt_tokens or cfg.rollout.max_model_len - cfg.rollout.max_new_tokens
+
+
+def by_source(prompts: list[Prompt]) -> dict[str, list[Prompt]]:
+    groups: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        groups[prompt.source].append(prompt)
+    return dict(groups)
+
+
+def training_sampling(cfg: PolicyRun) -> SamplingSettings:
+    return SamplingSettings(
+        group_size=cfg.algorithm.group_size,
+        max_new_tokens=cfg.rollout.max_new_tokens,
+        max_turns=cfg.rollout.max_turns,
+        temperature=cfg.rollout.temperature,
+        top_p=cfg.rollout.top_p,
+    )
+
+
+def loss_settings(algorithm: PolicyAlgorithm) -> LossSettings:
+    return LossSettings(
+        kind=algorithm.loss.value,
+        beta=algorithm.beta,
+        alpha=algorithm.alpha,
+        correction=algorithm.correction.value,
+        ratio_low=algorithm.ratio_low,
+        ratio_high=algorithm.ratio_high,
+        ratio_truncate=algorithm.ratio_truncate,
+        teacher_clip=algorithm.teacher_clip,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+    )
+
+
+def total_updates(algorithm: PolicyAlgorithm) -> int:
+    """Optimizer steps of the whole run, which the learning-rate schedule spans."""
+    return algorithm.steps * algorithm.updates_per_batch
+
+
+def probe_texts(prompts: list[Prompt]) -> list[np.ndarray]:
+    """Fixed texts on which engine and learner must agree after every update: a few of the prompts themselves."""
+    stride = max(1, len(prompts) // PROBE_PROMPTS)
+    return [p.token_ids for p in prompts[::stride][:PROBE_PROMPTS]]

@@ -1,0 +1,84 @@
+"""Supervised fine-tuning: one generalist from demonstrations."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import ray
+
+from posttrain.config import SFTRun
+from posttrain.data.sources import load_conversations, split_sources
+from posttrain.data.tokenizer import load_tokenizer
+from posttrain.engines import Engines
+from posttrain.loop import Clock
+from posttrain.records import LossSettings, SampleRef, TrainingSample
+from posttrain.run_folder import RunFolder
+from posttrain.scheduler import Scheduler
+from posttrain.tracking import Tracker
+
+
+def run(cfg: SFTRun, engines: Engines | None = None) -> str:
+    """Train, and return the folder of the finished model. Resumes where the run folder stands.
+
+    Args:
+        engines: living processes to use; None starts and ends its own.
+    """
+    folder = RunFolder.open(cfg)
+    if folder.finished:
+        print(f"{folder.path}: finished before; nothing to do")
+        return str(folder.model)
+    scheduler = Scheduler(*conversations(cfg), cfg.seed)
+    with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
+        learner = engines.learner(cfg.learner, cfg.model, cfg.algorithm.steps, cfg.seed)
+        first_step = 1
+        if checkpoint := folder.latest():
+            learner.load_checkpoint(checkpoint.folder)
+            scheduler.load_state(checkpoint.state["scheduler"])
+            first_step = checkpoint.step + 1
+        tracker = Tracker(
+            folder.path, cfg.tracking, cfg.name, asdict(cfg), cfg.algorithm.steps, first_step - 1, ["loss", "grad_norm"]
+        )
+        for step in range(first_step, cfg.algorithm.steps + 1):
+            clock = Clock()
+            drawn = scheduler.draw(cfg.algorithm.batch_size)
+            scheduler.trained(d.group_id for d in drawn)
+            with clock("train"):
+                metrics = learner.train_step(batch([d.item for d in drawn]), LossSettings(kind="sft"), step)
+            if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps:
+                with clock("checkpoint"):
+                    folder.save(step, learner.save_checkpoint, {"scheduler": scheduler.state()})
+            tracker.log(step, metrics | clock.metrics(num_tokens=metrics["num_tokens"]))
+        learner.save_model(folder.model)
+        tracker.finish()
+    folder.finish()
+    return str(folder.model)
+
+
+def conversations(cfg: SFTRun) -> tuple[dict[str, list[TrainingSample]], dict[str, float]]:
+    """Tokenised conversations and mixture weight of every source, of one domain where ``cfg.domain`` says so."""
+    tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
+    by_source, weights = {}, {}
+    for name, source, data in split_sources(cfg.data):
+        samples = load_conversations(data, tokenizer, cfg.algorithm.max_tokens)
+        by_source[name] = [s for s in samples if cfg.domain in (None, s.domain)]
+        weights[name] = source.weight
+    return by_source, weights
+
+
+def batch(samples: list[TrainingSample]) -> list[SampleRef]:
+    """One step's samples in one object; every loss token of the global batch weighs the same."""
+    num_loss_tokens = sum(int(s.loss_mask.sum()) for s in samples)
+    ref = ray.put(samples)
+    return [
+        SampleRef(
+            source_ref=ref,
+            index=i,
+            num_tokens=len(sample.token_ids),
+            weight=1.0 / max(num_loss_tokens, 1),
+            domain=sample.domain,
+        )
+        for i, sample in enumerate(samples)
+    ]
+
+
