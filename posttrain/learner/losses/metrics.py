@@ -1,0 +1,61 @@
+"""Health numbers that the losses share: train/inference mismatch, distance to the teacher, sampled entropy.
+
+Sums are float64 whatever the type of the streams. Tokens of weight 0 take no part: they are padding of the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posttrain.learner.losses.base import LossInputs, Metric, mean, mean_by_domain
+
+RATIO_THRESHOLDS = (1.1, 1.25, 2.0)
+
+
+def entropy(inputs: LossInputs) -> dict[str, Metric]:
+    """Sampled estimate -mean log pi of the loss tokens, in all and by domain."""
+    active = inputs.weights != 0
+    values = -inputs.policy_logprobs.detach()
+    return {"entropy": mean(values, active), **mean_by_domain("entropy", values, active, inputs)}
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(x) - 1 - x per token, float64: the non-negative KL estimator for log ratios x of samples."""
+    x = log_ratio.detach().double()
+    return torch.expm1(x) - x
+
+
+def mismatch(policy_logprobs: Tensor, inputs: LossInputs) -> tuple[dict[str, Metric], dict[str, Tensor]]:
+    """Metrics and maxima of r = pi/mu on loss tokens (R3, arXiv 2510.11370): k3 and F(tau) = P[max(r, 1/r) > tau]."""
+    assert inputs.rollout_logprobs is not None
+    active = inputs.weights != 0
+    log_ratio = (policy_logprobs - inputs.rollout_logprobs).detach().double()
+    metrics = {"mismatch/k3": mean(k3(log_ratio), active)}
+    for threshold in RATIO_THRESHOLDS:
+        far = log_ratio.abs() > torch.log(
+            torch.tensor(threshold, dtype=torch.float64, device=log_ratio.device)
+        )
+        metrics[f"mismatch/f{threshold:g}"] = mean(far, active)
+    gaps = log_ratio.abs()[active]
+    largest = gaps.max() if gaps.numel() else gaps.new_zeros(())
+    return metrics, {"mismatch/max_abs": largest}
+
+
+def teacher(inputs: LossInputs, teacher_clip: float) -> dict[str, Metric]:
+    """Distance to the teacher before its clip: k1 = mean(log pi - log pi_d), k3 with r = pi_d/pi, mean |log-ratio|.
+
+    Signed gaps average out while real ones persist, hence all three; ``clip/teacher`` is the share of clipped tokens.
+    """
+    if inputs.teacher_logprobs is None:
+        return {}
+    active = inputs.weights != 0
+    gap = (inputs.teacher_logprobs - inputs.policy_logprobs).detach()
+    return {
+        "teacher/k1": mean(-gap, active),
+        "teacher/k3": mean(k3(gap), active),
+        "teacher/mean_abs": mean(gap.abs(), active),
+        "clip/teacher": mean(gap.abs() > teacher_clip, active),
+        **mean_by_domain("teacher_k1", -gap, active, inputs),
+        **mean_by_domain("teacher_abs", gap.abs(), active, inputs),
+    }

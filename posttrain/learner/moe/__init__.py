@@ -1,0 +1,1 @@
+"""Everything that knows about routers: finding them, replaying recorded routes, and balancing experts."""

@@ -1,0 +1,1 @@
+"""Health signals of training."""
