@@ -67,8 +67,12 @@ else
     install "$(grep -c '==' requirements/gpu.txt) locked packages, several GB" --no-deps -r requirements/gpu.txt
 fi
 install "posttrain, editable" --no-deps --no-build-isolation --editable .
-say "compiling to bytecode"
-# Some packages ship templates that are not valid Python, so a failure here means nothing.
-.venv/bin/python -m compileall -qq -j 0 .venv/lib >>"$log" 2>&1 || true
+# Also compiles what is used to bytecode, so that the first run does not.
+say "checking that the engines import"
+[[ $flavour == gpu ]] || export DS_ACCELERATOR=cpu
+.venv/bin/python -c "
+import datasets, deepspeed, hydra, ray, torch, transformers, vllm, wandb
+from vllm import LLM" >>"$log" 2>&1 ||
+    { tail -n 15 "$log" >&2 && die "installed, but the engines do not import; the whole log is in $log"; }
 touch "$stamp"
 say "ready: $flavour environment in .venv"
