@@ -8,7 +8,7 @@ the file system or several sections at once is checked by `posttrain.validate`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
@@ -24,67 +24,67 @@ def require(condition: bool, key: str, value: Any, way_out: str) -> None:
         raise UserError(f"{key}={value!r}: {way_out}")
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-class BadRow(str, Enum):
+class BadRow(StrEnum):
     fail = "fail"
     skip = "skip"
 
 
-class Schedule(str, Enum):
+class Schedule(StrEnum):
     constant = "constant"
     cosine = "cosine"
     linear = "linear"
 
 
-class Replay(str, Enum):
+class Replay(StrEnum):
     auto = "auto"
     off = "off"
 
 
-class OnUpdate(str, Enum):
+class OnUpdate(StrEnum):
     recompute = "recompute"
     keep = "keep"
 
 
-class Loss(str, Enum):
+class Loss(StrEnum):
     policy_gradient = "policy_gradient"
     ppo_clip = "ppo_clip"
 
 
-class Advantage(str, Enum):
+class Advantage(StrEnum):
     grpo = "grpo"
     dr_grpo = "dr_grpo"
     rloo = "rloo"
 
 
-class Aggregation(str, Enum):
+class Aggregation(StrEnum):
     seq_mean = "seq_mean"
     token_mean = "token_mean"
     token_mean_balanced = "token_mean_balanced"
 
 
-class Correction(str, Enum):
+class Correction(StrEnum):
     icepop = "icepop"
     tis = "tis"
     off = "off"
 
 
-class Overlong(str, Enum):
+class Overlong(StrEnum):
     mask = "mask"
     keep = "keep"
 
 
-class TeacherTraining(str, Enum):
+class TeacherTraining(StrEnum):
     rl = "rl"
     sft = "sft"
     none = "none"
 
 
-class WandbMode(str, Enum):
+class WandbMode(StrEnum):
     offline = "offline"
     online = "online"
     disabled = "disabled"
@@ -374,10 +374,6 @@ class EvalConfig:
     """Temperature of the sampled evaluation."""
     greedy: bool = True
     """Also one greedy sample a prompt."""
-    every_steps: int = 0
-    """Evaluate during mopd every so many steps (0: only at the end of the pipeline)."""
-    every_num_prompts: int = 50
-    """Prompts per domain of the evaluation during a run."""
     cross_num_prompts: int = 200
     """pipeline: prompts per cell of the teachers x domains table."""
 
@@ -430,6 +426,8 @@ class SFTRun(RunConfig):
     """`posttrain sft`"""
 
     name: str = "sft"
+    domain: str | None = None
+    """Train on this domain's conversations only; null: all."""
     algorithm: SFTAlgorithm = field(default_factory=SFTAlgorithm)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
 

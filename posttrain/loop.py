@@ -29,6 +29,7 @@ from posttrain.learner.group import LearnerGroup
 from posttrain.records import (
     GroupSummary,
     LossSettings,
+    Prompt,
     RewardResult,
     RolloutGroup,
     RolloutStatus,
@@ -87,7 +88,7 @@ class PolicyLoop:
         loss: LossSettings,
         sampling: SamplingSettings,
         rollout_dtype: Dtype,
-        scheduler: Scheduler,
+        scheduler: Scheduler[Prompt],
         rollouts: RolloutPool,
         learner: LearnerGroup,
         rewards: RewardPool | None,
@@ -159,7 +160,7 @@ class PolicyLoop:
         for drawn in self.scheduler.draw(num_prompts):
             wave.waiting.add(drawn.group_id)
             self.wave_of[drawn.group_id] = wave.step
-            self.rollouts.submit(drawn.prompt, self.sampling, drawn.group_id)
+            self.rollouts.submit(drawn.item, self.sampling, drawn.group_id)
 
     def collect(self, step: int, clock: Clock) -> Wave:
         """Wait for the wave of ``step``, rewards and teacher scores included.

@@ -14,13 +14,13 @@ Conventions that every room relies on:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 
-class RolloutStatus(str, Enum):
+class RolloutStatus(StrEnum):
     """What became of a rollout. Everything but ``completed`` and ``truncated`` never reaches the loss."""
 
     completed = "completed"  # ended by itself: end mark, or the environment said so

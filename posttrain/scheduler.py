@@ -1,4 +1,4 @@
-"""Which prompt comes next.
+"""Which prompt (or, in SFT, which conversation) comes next.
 
 Owns the data cursor: every source is walked in its own seeded order, epoch after epoch, and the sources take turns
 by their mixture weights. The state that goes into a checkpoint is small: one (epoch, position) per source, the
@@ -8,47 +8,46 @@ repeats none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from posttrain.config import UserError
-from posttrain.records import Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True, slots=True)
-class Drawn:
-    """A prompt that was handed out, under the group id that its rollouts carry."""
+class Drawn(Generic[T]):
+    """An item that was handed out, under the group id that its rollouts carry."""
 
     group_id: str
-    prompt: Prompt
+    item: T
 
 
-class Scheduler:
-    """Draws prompts from weighted sources, deterministically for a seed.
+class Scheduler(Generic[T]):
+    """Draws items from weighted sources, deterministically for a seed.
 
     Args:
-        prompts: every training prompt; `Prompt.source` says where it belongs.
+        by_source: the items of each source.
         weights: mixture weight of each source; a source that is not named has weight 1.
         seed: fixes the order within each source.
 
     Raises:
-        UserError: no prompts, or no source with a positive weight.
+        UserError: no items, or no source with a positive weight.
     """
 
     def __init__(
-        self, prompts: Iterable[Prompt], weights: dict[str, float] | None = None, seed: int = 0
+        self, by_source: Mapping[str, Sequence[T]], weights: dict[str, float] | None = None, seed: int = 0
     ) -> None:
-        self._by_source: dict[str, list[Prompt]] = {}
-        for prompt in prompts:
-            self._by_source.setdefault(prompt.source, []).append(prompt)
+        self._by_source = {source: items for source, items in by_source.items() if len(items)}
         weights = weights or {}
         self._weights = {s: weights.get(s, 1.0) for s in sorted(self._by_source) if weights.get(s, 1.0) > 0}
         if not self._weights:
             raise UserError(
-                "data.sources: no prompts to draw from; give a source with rows and a weight above 0"
+                "data.sources: nothing to draw from; give a source with rows and a weight above 0"
             )
         self._seed = seed
         self._position = dict.fromkeys(self._weights, 0)
@@ -63,7 +62,7 @@ class Scheduler:
         """Completed passes over each source."""
         return {s: self._position[s] // len(self._by_source[s]) for s in self._weights}
 
-    def draw(self, num_prompts: int) -> list[Drawn]:
+    def draw(self, num_prompts: int) -> list[Drawn[T]]:
         """Next ``num_prompts`` prompts: first those that a crash left unfinished, then new ones."""
         return [self._draw_one() for _ in range(num_prompts)]
 
@@ -97,17 +96,17 @@ class Scheduler:
         self._replay = [(g, (w[0], w[1])) for g, w in state["outstanding"]]
         self._outstanding = dict(self._replay)
 
-    def _draw_one(self) -> Drawn:
+    def _draw_one(self) -> Drawn[T]:
         if self._replay:
             group_id, where = self._replay.pop(0)
-            return Drawn(group_id=group_id, prompt=self._at(*where))
+            return Drawn(group_id=group_id, item=self._at(*where))
         source = self._next_source()
         where = (source, self._position[source])
         self._position[source] += 1
         group_id = f"g{self._num_drawn:08d}"
         self._num_drawn += 1
         self._outstanding[group_id] = where
-        return Drawn(group_id=group_id, prompt=self._at(*where))
+        return Drawn(group_id=group_id, item=self._at(*where))
 
     def _next_source(self) -> str:
         """Smooth weighted round robin: in any window the shares follow the weights to within one prompt."""
@@ -118,12 +117,12 @@ class Scheduler:
         self._credit[best] -= 1.0
         return best
 
-    def _at(self, source: str, position: int) -> Prompt:
-        prompts = self._by_source[source]
-        epoch, offset = divmod(position, len(prompts))
+    def _at(self, source: str, position: int) -> T:
+        items = self._by_source[source]
+        epoch, offset = divmod(position, len(items))
         key = (source, epoch)
         if key not in self._orders:
             name = int.from_bytes(source.encode()[:8].ljust(8, b"\0"), "little")
             rng = np.random.default_rng([self._seed, epoch, name])
-            self._orders[key] = rng.permutation(len(prompts))
-        return prompts[int(self._orders[key][offset])]
+            self._orders[key] = rng.permutation(len(items))
+        return items[int(self._orders[key][offset])]
