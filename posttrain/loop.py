@@ -267,7 +267,7 @@ class PolicyLoop:
             rewards, valid = self.outcomes(collected)
             advantages = np.zeros(len(rewards), np.float32)
             if self.loss.alpha != 0:
-                advantages = group_advantages(rewards, valid, self.algorithm.advantage.value)
+                advantages = group_advantages(rewards, valid, self.algorithm.advantage)
                 num_mixed += bool(np.any(advantages[valid] != 0))
             for index in np.flatnonzero(valid).tolist():
                 loss_tokens.append(summary.num_loss_tokens[index])
@@ -288,16 +288,13 @@ class PolicyLoop:
             raise UserError(
                 f"step {step}: no rollout of the batch can be trained on: {'; '.join(reasons)[:500] or 'all truncated; raise rollout.max_new_tokens or set algorithm.overlong=keep'}"
             )
-        weights, shares = token_weights(
-            np.array(loss_tokens),
-            [s.domain for s in samples],
-            self.algorithm.aggregation.value,
-            self.algorithm.target_shares,
+        weighting = token_weights(
+            loss_tokens, [s.domain for s in samples], self.algorithm.aggregation, self.algorithm.target_shares
         )
-        for sample, weight in zip(samples, weights.tolist(), strict=True):
+        for sample, weight in zip(samples, weighting.weights.tolist(), strict=True):
             sample.weight = weight
         metrics = rollout_metrics(wave, step)
-        metrics |= {f"share/tokens/{domain}": share for domain, share in shares.items()}
+        metrics |= {f"share/tokens/{domain}": share for domain, share in weighting.token_shares.items()}
         if self.loss.alpha != 0:
             metrics["reward/mixed_groups"] = num_mixed / len(wave.done)
             if num_mixed == 0:

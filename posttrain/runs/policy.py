@@ -21,7 +21,9 @@ from posttrain.tracking import Tracker
 PROBE_PROMPTS = 4
 
 
-def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, teacher_paths: dict[str, str], headline: list[str]) -> str:
+def run_policy(
+    cfg: RLRun | MOPDRun, engines: Engines | None, teacher_paths: dict[str, str], headline: list[str]
+) -> str:
     """Train a policy on its own samples, and return the folder of the finished model.
 
     Args:
@@ -40,13 +42,17 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, teacher_paths: dic
     with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
         # Engines start side by side; imports are most of it.
         starting = [
-            engines.in_background(engines.learner, cfg.learner, cfg.model, total_updates(cfg.algorithm), cfg.seed),
+            engines.in_background(
+                engines.learner, cfg.learner, cfg.model, total_updates(cfg.algorithm), cfg.seed
+            ),
             engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed),
         ]
         rewards = engines.rewards(cfg.rewards, domains) if cfg.rewards else None
         teachers = None
         if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
-            teachers = engines.teachers(cfg.teacher_workers, cfg.model, {d: teacher_paths[d] for d in domains})
+            teachers = engines.teachers(
+                cfg.teacher_workers, cfg.model, {d: teacher_paths[d] for d in domains}
+            )
         learner, rollouts = (s.result() for s in starting)
 
         # Where a former process of this run stopped.

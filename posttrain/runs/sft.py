@@ -37,7 +37,13 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
             scheduler.load_state(checkpoint.state["scheduler"])
             first_step = checkpoint.step + 1
         tracker = Tracker(
-            folder.path, cfg.tracking, cfg.name, asdict(cfg), cfg.algorithm.steps, first_step - 1, ["loss", "grad_norm"]
+            folder.path,
+            cfg.tracking,
+            cfg.name,
+            asdict(cfg),
+            cfg.algorithm.steps,
+            first_step - 1,
+            ["loss", "grad_norm"],
         )
         for step in range(first_step, cfg.algorithm.steps + 1):
             clock = Clock()
@@ -80,5 +86,3 @@ def batch(samples: list[TrainingSample]) -> list[SampleRef]:
         )
         for i, sample in enumerate(samples)
     ]
-
-

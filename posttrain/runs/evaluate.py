@@ -1,0 +1,131 @@
+"""Accuracy of a checkpoint on held-out prompts: the `eval` run, and what the pipeline's table is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from posttrain.config import EvalRun, PipelineRun, RolloutConfig, UserError
+from posttrain.data.sources import load_prompts
+from posttrain.data.tokenizer import load_tokenizer
+from posttrain.engines import Engines
+from posttrain.records import Prompt, SamplingSettings
+from posttrain.run_folder import RunFolder
+from rewards.pool import RewardPool
+from rollout.pool import RolloutPool
+
+
+@dataclass(kw_only=True, slots=True)
+class Scores:
+    """Rewards of one model: per domain [num_prompts, num_samples] sampled and [num_prompts] greedy (or None).
+
+    Rows follow the order of the prompts, so the scores of two models on the same prompts are paired.
+    """
+
+    sampled: dict[str, np.ndarray]
+    greedy: dict[str, np.ndarray] | None
+
+    def to_json(self) -> dict[str, dict[str, list[float]] | None]:
+        greedy = None if self.greedy is None else {d: a.tolist() for d, a in self.greedy.items()}
+        return {"sampled": {d: a.tolist() for d, a in self.sampled.items()}, "greedy": greedy}
+
+    @staticmethod
+    def read(path: Path) -> Scores:
+        data = json.loads(path.read_text())
+        greedy = None if data["greedy"] is None else {d: np.array(a) for d, a in data["greedy"].items()}
+        return Scores(sampled={d: np.array(a) for d, a in data["sampled"].items()}, greedy=greedy)
+
+
+def run(cfg: EvalRun, engines: Engines | None = None) -> None:
+    """Evaluate ``model.path`` on ``data.eval_*``; prints the accuracy per domain and writes summary.json."""
+    folder = RunFolder.open(cfg)
+    tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
+    prompts = held_out(load_prompts(cfg.data, tokenizer, room(cfg.rollout), eval=True), cfg.eval.num_prompts)
+    with Engines(cfg.ray) as engines:
+        starting = engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed)
+        rewards = engines.rewards(cfg.rewards, sorted(prompts))
+        rollouts = starting.result()
+        scores = evaluate(rollouts, rewards, prompts, *eval_settings(cfg))
+    folder.write_json("scores.json", scores.to_json())
+    accuracy = {d: float(a.mean()) for d, a in scores.sampled.items()}
+    greedy = {d: float(a.mean()) for d, a in (scores.greedy or {}).items()}
+    num_eval = {d: len(a) for d, a in scores.sampled.items()}
+    folder.write_json("summary.json", {"num_eval": num_eval, "accuracy": accuracy, "accuracy_greedy": greedy})
+    for domain, value in accuracy.items():
+        text = f", greedy {100 * greedy[domain]:5.1f} %" if domain in greedy else ""
+        print(f"{domain:>12}  {num_eval[domain]:5d} prompts  {100 * value:5.1f} %{text}")
+    folder.finish()
+
+
+def eval_settings(cfg: EvalRun | PipelineRun) -> tuple[SamplingSettings, SamplingSettings | None]:
+    """Sampled and greedy settings of an evaluation."""
+    base = {"max_new_tokens": cfg.rollout.max_new_tokens, "max_turns": cfg.rollout.max_turns}
+    sampled = SamplingSettings(group_size=cfg.eval.num_samples, temperature=cfg.eval.temperature, **base)
+    return sampled, SamplingSettings(group_size=1, temperature=0.0, **base) if cfg.eval.greedy else None
+
+
+def room(rollout: RolloutConfig) -> int:
+    """Longest prompt that leaves room for one completion."""
+    return rollout.max_model_len - rollout.max_new_tokens
+
+
+def held_out(prompts: list[Prompt], num_prompts: int | None) -> dict[str, list[Prompt]]:
+    """The first ``num_prompts`` held-out prompts of every domain (None: all)."""
+    domains: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        members = domains.setdefault(prompt.domain, [])
+        if num_prompts is None or len(members) < num_prompts:
+            members.append(prompt)
+    return domains
+
+
+def evaluate(
+    rollouts: RolloutPool,
+    rewards: RewardPool,
+    prompts: dict[str, list[Prompt]],
+    sampled: SamplingSettings,
+    greedy: SamplingSettings | None,
+) -> Scores:
+    """Score the model that the rollout workers hold. A truncated answer keeps the reward its verifier gives it.
+
+    Raises:
+        UserError: a rollout or a reward failed; an accuracy over the rest would be another number.
+    """
+    return Scores(
+        sampled=_scores(rollouts, rewards, prompts, sampled),
+        greedy=None
+        if greedy is None
+        else {d: a[:, 0] for d, a in _scores(rollouts, rewards, prompts, greedy).items()},
+    )
+
+
+def _scores(
+    rollouts: RolloutPool, rewards: RewardPool, prompts: dict[str, list[Prompt]], settings: SamplingSettings
+) -> dict[str, np.ndarray]:
+    arrays = {d: np.full((len(p), settings.group_size), np.nan) for d, p in prompts.items()}
+    cells: dict[str, tuple[str, int]] = {}
+    for domain, members in prompts.items():
+        for i, prompt in enumerate(members):
+            cells[group_id := f"eval-{domain}-{i}"] = (domain, i)
+            rollouts.submit(prompt, settings, group_id)
+    scoring = []
+    waiting = set(cells)
+    while waiting:
+        finished = rollouts.wait(timeout_s=5.0)
+        if lost := rollouts.pop_lost():
+            raise UserError(f"evaluation: {len(lost)} prompts were given up: {rollouts.quarantined[-1]}")
+        if finished:
+            scoring.append(([s.group_id for _, s in finished], rewards.score([r for r, _ in finished])))
+            waiting.difference_update(scoring[-1][0])
+    for group_ids, ref in scoring:
+        for group_id, results in zip(group_ids, ray.get(ref), strict=True):
+            for j, result in enumerate(results):
+                if result.error is not None:
+                    raise UserError(f"evaluation: {group_id}: {result.error}")
+                domain, i = cells[group_id]
+                arrays[domain][i, j] = result.reward
+    return arrays
