@@ -124,7 +124,7 @@ def find(model: nn.Module) -> list[Router]:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    routers = [_describe(name, module, config) for name, module in _blocks(model)]
+    routers = [_describe(name, module, config) for name, module in blocks(model)]
     declared = {key: getattr(config, key, None) for key in EXPERT_COUNT_KEYS}
     if not routers and any(isinstance(n, int) and n > 1 for n in declared.values()):
         raise UserError(
@@ -140,7 +140,8 @@ def find(model: nn.Module) -> list[Router]:
     return routers
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of everything that owns an ``experts`` module: the MoE blocks."""
     for name, module in model.named_modules():
         experts = getattr(module, "experts", None)
         if isinstance(experts, nn.Module) and any(True for _ in experts.parameters()):

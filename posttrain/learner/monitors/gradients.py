@@ -1,0 +1,73 @@
+"""Where DeepSpeed keeps the accumulated gradient of a parameter under each ZeRO stage.
+
+Every rank sees its own fragment; the fragments of all ranks tile a parameter exactly once, padding left out. Valid
+between the last backward of a batch and ``engine.step()``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def module_of(engine: Any) -> nn.Module:
+    """The bare model inside a DeepSpeed engine, or the model itself."""
+    return engine if not hasattr(engine, "zero_optimization_stage") else engine.module
+
+
+def local_fragment(parameter: nn.Parameter, rank: int, num_ranks: int) -> tuple[int, int, Tensor | None]:
+    """(start, length, gradient) of this rank's share of the flattened parameter; gradient [length], or None for zero.
+
+    ZeRO-3: the partition, cut where its padding begins. ZeRO-1 and 2: the piece that overlaps this rank's flat
+    partition. ZeRO-0, where all ranks hold the same averaged gradient: every rank looks at an equal share.
+    """
+    if hasattr(parameter, "ds_id"):
+        return _zero3_fragment(parameter)
+    if hasattr(parameter, "_hp_mapping"):
+        return _zero12_fragment(parameter)
+    share = -(-parameter.numel() // num_ranks)
+    start = min(rank * share, parameter.numel())
+    length = min(share, parameter.numel() - start)
+    gradient = parameter.grad
+    return start, length, None if gradient is None else gradient.reshape(-1)[start : start + length]
+
+
+def _zero3_fragment(parameter: Any) -> tuple[int, int, Tensor | None]:
+    optimizer = parameter._z3_optimizer
+    start = min(
+        optimizer._get_param_partition_rank(parameter) * parameter.partition_numel(), parameter.ds_numel
+    )
+    length = min(parameter.partition_numel(), parameter.ds_numel - start)
+    return start, length, optimizer.get_local_fp32_grad_for_param(parameter)[:length]
+
+
+def _zero12_fragment(parameter: Any) -> tuple[int, int, Tensor | None]:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # nothing of this parameter lies in this rank's partition
+        return 0, 0, None
+    address = mapping.lp_fragment_address
+    gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
+    if gradient.numel() == parameter.numel():  # the bf16 optimizer keeps the whole gradient on every rank
+        gradient = gradient[address.start : address.start + address.numel]
+    assert gradient.numel() == address.numel, (
+        "DeepSpeed's gradient fragment has another length than its address"
+    )
+    return address.start, address.numel, gradient
+
+
+def clear_partitions(engine: Any) -> None:
+    """Zeroes what ZeRO-3 keeps of the gradients. Call it after every ``engine.step()``.
+
+    Without it a parameter that gets no gradient in a step, such as an expert without tokens, is updated with the
+    gradient of the step before: DeepSpeed overwrites a partition only when a new gradient arrives.
+    """
+    if not hasattr(engine, "zero_optimization_stage") or engine.zero_optimization_stage() != 3:
+        return
+    optimizer = engine.optimizer
+    optimizer.grad_partitions_flat_buffer.zero_()
+    if optimizer.offload_optimizer:
+        for flat in optimizer.fp32_partitioned_groups_flat:
+            if isinstance(flat.grad, torch.Tensor):
+                flat.grad.zero_()
