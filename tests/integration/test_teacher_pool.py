@@ -1,0 +1,127 @@
+"""Teachers as Ray actors: domains, equal checkpoints, swapping, order, NaN, and the death of a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
+from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
+from teachers.pool import TeacherPool, place
+from teachers.scorer import Scorer, TeacherScoreError
+from tests.tiny_models import tiny_mimo
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_group(lengths: list[int], seed: int) -> RolloutGroup:
+    rng = np.random.default_rng(seed)
+    prompt = Prompt(prompt_id="p", source="s", domain="math", messages=[], token_ids=np.zeros(1, np.int32))
+    rollouts = []
+    for i, length in enumerate(lengths):
+        turn = Turn(
+            author="policy",
+            token_ids=rng.integers(0, 60, length).astype(np.int32),
+            loss_mask=np.ones(length, bool),
+            rollout_logprobs=np.zeros(length, np.float32),
+            policy_versions=np.zeros(length, np.int32),
+        )
+        rollouts.append(
+            Rollout(
+                group_id=f"g{seed}",
+                rollout_id=f"g{seed}-{i}",
+                prompt=prompt,
+                turns=[turn],
+                messages=[],
+                routed_experts=rng.integers(0, 8, (length - 1, 3, 2)).astype(np.uint8),
+                finish_reason="stop",
+                status=RolloutStatus.completed,
+            )
+        )
+    return RolloutGroup(group_id=f"g{seed}", prompt=prompt, rollouts=rollouts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("teachers")
+    paths = {"a": tiny_mimo(folder / "a", seed=1), "b": tiny_mimo(folder / "b", seed=2)}
+    paths["a_again"] = tiny_mimo(folder / "a_again", seed=1)
+    paths["broken"] = tiny_mimo(folder / "broken", seed=1)
+    weights = load_file(paths["broken"] / "model.safetensors")
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, paths["broken"] / "model.safetensors", metadata={"format": "pt"})
+    return {name: str(path) for name, path in paths.items()}
+
+
+def expect(path: str, groups: list[RolloutGroup]) -> list[np.ndarray]:
+    ids = [rollout.token_ids for group in groups for rollout in group.rollouts]
+    return Scorer(path, ModelConfig(), Dtype.float32).score(ids, 100_000)
+
+
+@pytest.mark.integration
+def test_pool(checkpoints: dict[str, str]) -> None:
+    pool = TeacherPool.start(
+        TeacherWorkerConfig(num_workers=1, max_tokens_per_batch=256, cores_per_worker=1), ModelConfig()
+    )
+    groups = [make_group([20, 3, 55], 1), make_group([31], 2)]
+    refs = [ray.put(group) for group in groups]
+
+    # Three domains, two checkpoints: the equal ones are held once.
+    rows = pool.set_teachers(
+        {"math": checkpoints["a"], "code": checkpoints["b"], "chat": checkpoints["a_again"]}
+    )
+    assert [sorted(Path(path).name for path in row["paths"]) for row in rows] == [["a", "b"]]
+    assert pool.domains == ["math", "code", "chat"]
+    for domain, name in {"math": "a", "code": "b", "chat": "a_again"}.items():
+        scores = ray.get(pool.score(domain, refs))
+        assert [score.teacher for score in scores] == [checkpoints[name]] * 4
+        for score, reference in zip(scores, expect(checkpoints[name], groups), strict=True):
+            np.testing.assert_allclose(score.logprobs, reference, atol=1e-5)
+    with pytest.raises(UserError, match=r"^teachers\.law\.path=None: domain 'law' has no teacher"):
+        pool.score("law", refs)
+
+    # Same text, two teachers: the right one answered.
+    assert np.abs(expect(checkpoints["a"], groups)[0] - expect(checkpoints["b"], groups)[0]).max() > 0.1
+
+    # A worker that dies is restarted and loads what it is asked for.
+    os.kill(rows[0]["pid"], signal.SIGKILL)
+    scores = ray.get(pool.score("code", refs), timeout=120)
+    np.testing.assert_allclose(scores[2].logprobs, expect(checkpoints["b"], groups)[2], atol=1e-5)
+
+    # Swapping frees the former ones; a teacher that gives NaN stops the run with its name.
+    rows = pool.set_teachers({"math": checkpoints["broken"]})
+    assert [Path(path).name for path in rows[0]["paths"]] == ["broken"]
+    with pytest.raises(TeacherScoreError, match=r"broken.*gave nan .*rollout 'g1-\d' of domain 'math'"):
+        ray.get(pool.score("math", refs))
+    with pytest.raises(UserError, match=r"^teachers\.math\.path='/gone': no such directory"):
+        pool.set_teachers({"math": "/gone"})
+    pool.shutdown()
+
+
+def test_placement() -> None:
+    assert place({"a": 1, "b": 1}, 1) == {"a": [0], "b": [0]}
+    assert place({"a": 1, "b": 2}, 5) == {"b": [0, 2, 4], "a": [1, 3]}
+    assert place({"a": 9, "b": 5, "c": 4, "d": 1}, 2) == {"a": [0], "b": [1], "c": [1], "d": [0]}
+    assert place({}, 3) == {}
