@@ -37,10 +37,18 @@ def demo(seed: int, quick: bool, out: Path) -> int:
         make(inputs, seed=seed)
         build_model(inputs / "model", seed)
         (inputs / "READY").touch()
-    overrides = ["experiment=tiny", f"name={name}", f"runs_dir={out}", f"seed={seed}", *(QUICK if quick else [])]
+    overrides = [
+        "experiment=tiny",
+        f"name={name}",
+        f"runs_dir={out}",
+        f"seed={seed}",
+        *(QUICK if quick else []),
+    ]
     code = main(["pipeline", *overrides])
     if quick and code == 0:
-        print("QUICK=1: the same flow with a tenth of the steps and prompts; these numbers are not meant to convince.")
+        print(
+            "QUICK=1: the same flow with a tenth of the steps and prompts; these numbers are not meant to convince."
+        )
     print(f"whole demo: {time.perf_counter() - begin:.0f} s")
     return code
 

@@ -1,0 +1,120 @@
+"""Write the tiny corpus in the public row format: demonstrations for SFT, prompts, and two held-out splits.
+
+Owns the splits. No prompt text occurs in two of them, or twice in one; this is checked by hash before anything is
+written. Files in the output folder: `sft.jsonl`, and for every domain `prompts.<domain>.jsonl` (RL and MOPD),
+`valid.<domain>.jsonl` (choosing hyper-parameters), `heldout.<domain>.jsonl` (the final table).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from examples.tiny.domains import WORLDS, Task, World, demonstrate
+
+SPLITS = ("prompts", "valid", "heldout")
+
+
+def _fresh_tasks(world: World, rng: random.Random) -> Iterator[Task]:
+    """Tasks whose prompts differ from all earlier ones."""
+    seen: set[str] = set()
+    while True:
+        task = world.sample(rng)
+        if task.prompt not in seen:
+            seen.add(task.prompt)
+            yield task
+
+
+def _row(world: World, task: Task, reply: list[dict[str, str]]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "messages": [{"role": "user", "content": task.prompt}, *reply],
+        "domain": world.name,
+    }
+    row["answer"] = task.answer
+    if world.tools:
+        row["tools"] = world.tools
+    return row
+
+
+def prompt_hash(row: dict[str, Any]) -> str:
+    """Hash of the domain and of everything before the first assistant message."""
+    before: list[str] = []
+    for message in row["messages"]:
+        if message["role"] == "assistant":
+            break
+        before.append(message["content"])
+    return hashlib.sha256(json.dumps([row["domain"], before]).encode()).hexdigest()
+
+
+def check_no_overlap(files: dict[str, list[dict[str, Any]]]) -> int:
+    """Number of distinct prompts over all files; ValueError naming both files if a prompt occurs twice."""
+    owner: dict[str, str] = {}
+    for name, rows in files.items():
+        for row in rows:
+            former = owner.setdefault(prompt_hash(row), name)
+            if former != name or row is None:
+                raise ValueError(f"prompt {row['messages'][0]['content']!r} is in {former} and in {name}")
+    total = sum(len(rows) for rows in files.values())
+    if len(owner) != total:
+        raise ValueError(f"{total - len(owner)} prompts occur twice within one file")
+    return total
+
+
+def build(
+    seed: int,
+    *,
+    num_sft: int = 40_000,
+    num_prompts: int = 6_000,
+    num_valid: int = 500,
+    num_heldout: int = 600,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every file. ``num_sft`` is over all domains (shares as in `WORLDS`), the others are per domain."""
+    sizes = dict(zip(SPLITS, (num_prompts, num_valid, num_heldout), strict=True))
+    shares = sum(world.sft_share for world in WORLDS.values())
+    files: dict[str, list[dict[str, Any]]] = {"sft.jsonl": []}
+    for world in WORLDS.values():
+        rng = random.Random(f"{seed}/{world.name}")
+        tasks = _fresh_tasks(world, rng)
+        for split in reversed(SPLITS):
+            drawn = [next(tasks) for _ in range(sizes[split])]
+            files[f"{split}.{world.name}.jsonl"] = [_row(world, task, []) for task in drawn]
+        drawn = [next(tasks) for _ in range(num_sft * world.sft_share // shares)]
+        files["sft.jsonl"] += [_row(world, task, demonstrate(task, rng)) for task in drawn]
+    random.Random(seed).shuffle(files["sft.jsonl"])
+    check_no_overlap(files)
+    return files
+
+
+def make(out_dir: str | Path, seed: int = 0, **sizes: int) -> dict[str, Path]:
+    """Write the corpus (`sizes` as in `build`) and return file name -> path. The same arguments give the same bytes."""
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    paths: dict[str, Path] = {}
+    for name, rows in build(seed, **sizes).items():
+        paths[name] = out / name
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+def main() -> None:
+    """`python -m examples.tiny.make_data OUT --seed 0`"""
+    parser = argparse.ArgumentParser(description="Write the tiny corpus.")
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-sft", type=int, default=40_000, help="demonstrations, all domains together")
+    parser.add_argument("--num-prompts", type=int, default=6_000, help="RL and MOPD prompts per domain")
+    parser.add_argument("--num-valid", type=int, default=500, help="validation prompts per domain")
+    parser.add_argument("--num-heldout", type=int, default=600, help="held-out prompts per domain")
+    arguments = vars(parser.parse_args())
+    for name, path in make(**arguments).items():
+        print(f"{path}  ({sum(1 for _ in path.open())} rows)", flush=True)
+        assert name == path.name
+
+
+if __name__ == "__main__":
+    main()

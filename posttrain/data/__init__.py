@@ -1,0 +1,1 @@
+"""Rows in, typed records out: reading, checking, chat templates, loss masks, packing. Never starts a process."""

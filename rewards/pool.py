@@ -1,0 +1,58 @@
+"""Ray actors that score rollouts. Owns their number and who scores what; groups travel as object references.
+
+Verifiers run apart from the driver because they are code of others: they may be slow, leak, or end their process.
+An actor that dies is started again and its groups are scored once more.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from posttrain.config import UserError
+from posttrain.records import RewardResult, RolloutGroup
+from rewards.resolve import resolve
+from rewards.worker import RewardWorker
+
+__all__ = ["RewardPool", "resolve"]
+
+
+class RewardPool:
+    """`num_workers` reward workers; calls of `score` take turns among them."""
+
+    def __init__(self, workers: list[Any]) -> None:
+        self._workers = workers
+        self._next = 0
+
+    @classmethod
+    def start(cls, rewards_cfg: dict[str, Any], domains: list[str], num_workers: int = 1) -> RewardPool:
+        """Start the actors and wait until every reward is built.
+
+        Raises:
+            UserError: from `resolve`, or from building a reward in a worker.
+        """
+        entries = resolve(rewards_cfg, domains)
+        # Zero CPUs: verifiers mostly wait for work, and must not keep engines from being placed.
+        actor = ray.remote(num_cpus=0, max_restarts=3, max_task_retries=1)(RewardWorker)
+        workers = [actor.remote(entries, list(sys.path)) for _ in range(num_workers)]
+        for problem in ray.get([worker.problem.remote() for worker in workers]):
+            if problem is not None:
+                raise UserError(problem)
+        return cls(workers)
+
+    def score(
+        self, group_refs: Sequence[ray.ObjectRef[RolloutGroup]]
+    ) -> ray.ObjectRef[list[list[RewardResult]]]:
+        """Score groups; the reference resolves to results [group][rollout] in the given order."""
+        worker = self._workers[self._next % len(self._workers)]
+        self._next += 1
+        return worker.score.remote(list(group_refs))
+
+    def shutdown(self) -> None:
+        """End the actors."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers = []
