@@ -397,9 +397,11 @@ class RayConfig:
     address: str | None = None
     """null starts Ray on this machine, bound to the loopback address; `auto` or an address joins a cluster."""
     num_cpus: int | None = None
-    """CPUs that a local Ray offers; null: what the machine has."""
+    """Logical CPUs that a local Ray offers; null: those of the machine, at least 16 (actors share cores)."""
     object_store_gb: float = 1.0
     """Shared memory of a local Ray for rollouts and weights, GiB."""
+    log_to_driver: bool = False
+    """Print what the worker processes print; otherwise it is in /tmp/ray/session_latest/logs."""
 
 
 @dataclass(kw_only=True, slots=True)
