@@ -5,10 +5,13 @@ shown, or the tool called, or the format kept), which is right, and a sloppy way
 
 | domain | prompt | careful | sloppy |
 |---|---|---|---|
-| math | `347+285=?` | `7+5+0=12,4+8+1=13,3+2+1=6:632` | `522`, carries forgotten |
-| code | `up(rev(nxt("dab")))` | `ebc,cbe:CBE` | `ebc`, stops after the first function |
-| tool | `37 at 46 each?` | `mul(37,46)`, is told `1702`, answers `1702` | a guess |
-| instruct | `say cab caps sep -` | `C-A-B` | `CAB`, separator ignored |
+| math | `347+85=?` | `7+5=12,4+8+1=13,3+1=04:432` | `322`, carries forgotten |
+| code | `cap(rev(nxt("dab")))` | `ebc,cbe:CBE` | `ebc`, stops after the first function |
+| tool | `347 at 46 each?` | `mul(347,46)`, is told `15962`, answers `15962` | a guess |
+| instruct | `say cab big sep -` | `C-A-B` | `CAB`, separator ignored |
+
+Numbers, words and work have fixed widths within a domain, so that a model of this size finds what to copy by
+relative position within a few hundred steps.
 
 The demonstrator is careful more often on prompts that look hard, so a model trained on it *can* do everything and
 often does not: outcome rewards have a behaviour to reinforce, and answers of math and code are several times as
@@ -28,7 +31,7 @@ from posttrain.records import Prompt, Rollout
 if TYPE_CHECKING:
     from rollout.environment import EnvironmentReply
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = "abcdefghij"
 SEPARATORS = "-_./;|~+*=#&"
 ANSWER_MARK = ":"  # work before it, final answer after it
 CAREFUL_IF_HARD = 0.6
@@ -73,29 +76,29 @@ def _word(rng: random.Random, length: int) -> str:
 # -- math: addition, column by column from the right ------------------------------------------------------------
 
 
-def add_in_columns(first: int, second: int) -> tuple[str, str]:
-    """The work `7+5+0=12,...` (digit + digit + carry) of an addition, and the sum that forgets every carry."""
-    columns: list[str] = []
-    careless, carry = "", 0
-    width = max(len(str(first)), len(str(second)))
-    for a, b in zip(reversed(f"{first:0{width}}"), reversed(f"{second:0{width}}"), strict=True):
-        total = int(a) + int(b) + carry
-        columns.append(f"{a}+{b}+{carry}={total}")
-        careless = str((int(a) + int(b)) % 10) + careless
-        carry = total // 10
-    return ",".join(columns), careless
+def add_in_columns(first: int, second: int) -> tuple[str, int]:
+    """The work `7+5=12,4+8+1=13,3+1=04` (units, tens, hundreds) of a sum, and the sum that forgets every carry.
+
+    ``first`` has three digits and ``second`` two; each column is digit + digit + carry, absent terms left out.
+    """
+    (a, b, c), (d, e) = map(int, str(first)), map(int, str(second))
+    units = c + e
+    tens = b + d + units // 10
+    hundreds = a + tens // 10
+    work = f"{c}+{e}={units:02},{b}+{d}+{units // 10}={tens:02},{a}+{tens // 10}={hundreds:02}"
+    return work, 100 * a + (b + d) % 10 * 10 + units % 10
 
 
 def sample_math(rng: random.Random) -> Task:
-    """Sum of two three-digit numbers."""
-    first, second = rng.randint(100, 999), rng.randint(100, 999)
+    """Sum of a three-digit and a two-digit number."""
+    first, second = rng.randint(100, 999), rng.randint(10, 99)
     work, careless = add_in_columns(first, second)
     answer = str(first + second)
     return Task(
         prompt=f"{first}+{second}=?",
         answer=answer,
         careful=_say(f"{work}{ANSWER_MARK}{answer}"),
-        sloppy=_say(careless),
+        sloppy=_say(str(careless)),
         looks_hard=first >= 550,
     )
 
@@ -104,16 +107,19 @@ def sample_math(rng: random.Random) -> Task:
 
 
 def _next_letters(text: str) -> str:
-    """Every letter becomes the next one of the alphabet, z becomes a; case is kept."""
-    return "".join(
-        chr((ord(c) - base + 1) % 26 + base) for c in text for base in [ord("a" if c.islower() else "A")]
-    )
+    """Every letter becomes the next one of the alphabet, the last becomes the first; case is kept."""
+    moved = dict(zip(LETTERS + LETTERS.upper(), _rotated(LETTERS) + _rotated(LETTERS.upper()), strict=True))
+    return "".join(moved[letter] for letter in text)
+
+
+def _rotated(letters: str) -> str:
+    return letters[1:] + letters[0]
 
 
 FUNCTIONS: dict[str, Callable[[str], str]] = {
     "rev": lambda text: text[::-1],
     "nxt": _next_letters,
-    "up": str.upper,
+    "cap": str.upper,
 }
 
 
@@ -130,7 +136,7 @@ def sample_code(rng: random.Random) -> Task:
         answer=states[-1],
         careful=_say(",".join(states[1:-1]) + ANSWER_MARK + states[-1]),
         sloppy=_say(states[1]),
-        looks_hard=word[0] >= "n",
+        looks_hard=word[0] >= "f",
     )
 
 
@@ -141,7 +147,7 @@ TOOLS: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
 }
-PHRASES = {"mul": "{} at {} each?", "add": "{} and {} more?", "sub": "{} less {}?"}
+PHRASES = {"mul": "{} at {} each?", "add": "{} up {} more?", "sub": "{} by {} less?"}
 CALL = re.compile(r"(mul|add|sub)\((\d{1,6}),(\d{1,6})\)", re.ASCII)
 
 
@@ -178,16 +184,16 @@ def sample_tool(rng: random.Random) -> Task:
 
 
 def sample_instruct(rng: random.Random) -> Task:
-    """Spell a word with a separator, in capitals where asked."""
+    """Spell a word in capitals (`big`) or not (`low`), with a separator."""
     word, separator, caps = _word(rng, 3), rng.choice(SEPARATORS), rng.random() < 0.5
     spelt = word.upper() if caps else word
     answer = separator.join(spelt)
     return Task(
-        prompt=f"say {word}{' caps' if caps else ''} sep {separator}",
+        prompt=f"say {word} {'big' if caps else 'low'} sep {separator}",
         answer=answer,
         careful=_say(answer),
         sloppy=_say(spelt),
-        looks_hard=word[0] >= "n",
+        looks_hard=word[0] >= "f",
     )
 
 

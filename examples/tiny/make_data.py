@@ -21,13 +21,19 @@ SPLITS = ("prompts", "valid", "heldout")
 
 
 def _fresh_tasks(world: World, rng: random.Random) -> Iterator[Task]:
-    """Tasks whose prompts differ from all earlier ones."""
+    """Tasks whose prompts differ from all earlier ones; ValueError when the world has no more of them."""
     seen: set[str] = set()
-    while True:
+    num_repeats = 0
+    while num_repeats < 1_000:
         task = world.sample(rng)
+        num_repeats += 1
         if task.prompt not in seen:
+            num_repeats = 0
             seen.add(task.prompt)
             yield task
+    raise ValueError(
+        f"domain {world.name} has only about {len(seen)} different prompts; ask for smaller splits"
+    )
 
 
 def _row(world: World, task: Task, reply: list[dict[str, str]]) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def check_no_overlap(files: dict[str, list[dict[str, Any]]]) -> int:
     for name, rows in files.items():
         for row in rows:
             former = owner.setdefault(prompt_hash(row), name)
-            if former != name or row is None:
+            if former != name:
                 raise ValueError(f"prompt {row['messages'][0]['content']!r} is in {former} and in {name}")
     total = sum(len(rows) for rows in files.values())
     if len(owner) != total:
