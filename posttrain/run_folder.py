@@ -1,0 +1,322 @@
+"""The folder of a run: its files, its checkpoints, and who may write to it.
+
+Owns the order in which things reach the disk, so that a crash at any moment leaves a whole checkpoint: data first,
+then a manifest with hashes, then the rename, `latest` last. Refuses a folder that belongs to another run or to
+another living driver. Knows nothing of what a checkpoint holds: the caller writes it, `state` is plain JSON.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain import disk, manifest
+from posttrain.config import RUNS, RunConfig, UserError
+
+# What makes a run the run it is: a change of these is another run, a change of anything else goes on.
+IDENTITY = ("model", "data", "sft_data", "domain", "teachers", "seed")
+RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "model", "finished.json")
+
+_locks: dict[Path, Any] = {}  # lock files of this process, by run folder
+
+
+@dataclass(kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was found whole."""
+
+    step: int
+    folder: Path  # what `write` wrote
+    state: dict[str, Any]
+
+
+class RunFolder:
+    """`runs/<name>`. Make one with `open`; `finish` (or the end of the process) lets go of it."""
+
+    def __init__(self, path: Path, cfg: RunConfig) -> None:
+        self.path = path
+        self.model = path / "model"
+        self._checkpoints = path / "checkpoints"
+        self._keep = cfg.checkpoint.keep
+        self._steps = getattr(getattr(cfg, "algorithm", None), "steps", None)
+
+    @classmethod
+    def open(cls, cfg: RunConfig) -> RunFolder:
+        """Create the folder of a run, or go on in it. Prints one line when it resumes.
+
+        Raises:
+            UserError: the folder belongs to another run, another process works in it, or it cannot be written.
+        """
+        path = (Path(cfg.runs_dir) / cfg.name).absolute()
+        _check_name(cfg)
+        try:  # the user's disk
+            path.mkdir(parents=True, exist_ok=True)
+            _lock(path, cfg.name)
+        except OSError as error:
+            raise UserError(f"runs_dir={cfg.runs_dir!r}: {path} cannot be written ({error.strerror})") from error
+        folder = cls(path, cfg)
+        if cfg.fresh:
+            _move_aside(path, cfg)
+        _check_same_run(path, cfg)
+        folder._begin(cfg)
+        return folder
+
+    @property
+    def finished(self) -> bool:
+        """Whether a former process finished this run; a run given more steps than it finished with goes on."""
+        record = self.read_json("finished.json")
+        return record is not None and (self._steps is None or (record["steps"] or 0) >= self._steps)
+
+    def finish(self) -> None:
+        """Mark the run as finished, and let go of the folder."""
+        self.write_json("finished.json", {"steps": self._steps, "time": _now()})
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder: another driver may have it."""
+        if lock := _locks.pop(self.path, None):
+            lock.close()
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace the file ``name`` (which may name a subfolder) in one step."""
+        file = self.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_atomic(file, json.dumps(value, indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any | None:
+        """Content of a file written by `write_json`, or None if it is not there."""
+        file = self.path / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+    # Checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self, step: int, write: Callable[[Path], Any], state: dict[str, Any]) -> None:
+        """Write the checkpoint of ``step``: ``write`` fills the folder it is given, ``state`` is kept as JSON.
+
+        Until the last rename the former checkpoint is the latest. Raises `UserError` when the disk is full; the
+        former checkpoint is then still whole.
+        """
+        self._checkpoints.mkdir(exist_ok=True)
+        target, aside = self._checkpoints / f"step_{step}", self._checkpoints / f".tmp-step_{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:  # the user's disk
+            aside.mkdir()
+            write(aside)
+            disk.write_atomic(aside / "state.json", json.dumps({"step": step, "state": state}))
+            disk.write_atomic(aside / "manifest.json", json.dumps(hash_files(aside), indent=1))
+            disk.sync_tree(aside)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+            disk.sync_folder(self._checkpoints)
+            disk.write_atomic(self._checkpoints / "latest", target.name + "\n")
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if not disk.is_full(error, self._checkpoints):
+                raise
+            raise UserError(
+                f"{self._checkpoints}: the disk is full, step {step} was not saved; the last checkpoint is whole."
+                " Free space (or lower checkpoint.keep) and start the same command again to resume"
+            ) from error
+        self._prune(step)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, None if there is none yet. A damaged one is named and passed over."""
+        names = [p.name for p in self._checkpoints.glob("step_*")] if self._checkpoints.is_dir() else []
+        pointer = self._checkpoints / "latest"
+        newest = _step_of(pointer.read_text().strip()) if pointer.exists() else 0
+        for step in sorted((_step_of(name) for name in names), reverse=True):
+            if step > newest:
+                continue  # renamed, but the process died before `latest` said so
+            folder = self._checkpoints / f"step_{step}"
+            if damage := find_damage(folder):
+                print(f"{folder}: {damage}; going back to the checkpoint before it", flush=True)
+                continue
+            print(f"{self.path}: resuming after step {step}", flush=True)
+            return Checkpoint(step=step, folder=folder, state=json.loads((folder / "state.json").read_text())["state"])
+        if names and newest:
+            raise UserError(f"{self._checkpoints}: no checkpoint is whole; start over with fresh=true")
+        return None
+
+    def _prune(self, newest: int) -> None:
+        steps = sorted((_step_of(p.name) for p in self._checkpoints.glob("step_*")), reverse=True)
+        kept = [s for s in steps if s <= newest][: max(self._keep, 1)]
+        for step in steps:
+            if step not in kept:
+                shutil.rmtree(self._checkpoints / f"step_{step}", ignore_errors=True)
+
+    # The start ------------------------------------------------------------------------------------------------
+
+    def _begin(self, cfg: RunConfig) -> None:
+        """Write config.yaml and manifest.json, and compare the checkpoints' fingerprints with the former ones."""
+        fingerprints = _fingerprints(cfg)
+        former = self.read_json("manifest.json")
+        for key, value in (former or {}).get("fingerprints", {}).items():
+            if key in fingerprints and fingerprints[key] != value:
+                raise UserError(
+                    f"{key}={_value(cfg, key)!r}: its weights changed since this run began in {self.path};"
+                    " choose another name=, or start over with fresh=true"
+                )
+        now = manifest.build(command_of(cfg), cfg.seed, fingerprints)
+        text = f"# posttrain {command_of(cfg)} --config {self.path / 'config.yaml'}\n" + _yaml(cfg)
+        disk.write_atomic(self.path / "config.yaml", text)
+        self.write_json("manifest.json", now | {"created": (former or now)["created"], "resumed": former is not None})
+
+
+def command_of(cfg: RunConfig) -> str:
+    """The command that a configuration belongs to."""
+    return next(name for name, schema in RUNS.items() if schema is type(cfg))
+
+
+def plain(cfg: RunConfig) -> dict[str, Any]:
+    """The configuration as plain values without secrets."""
+    return manifest.redact(json.loads(json.dumps(asdict(cfg))))
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file below ``folder``, by relative path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    with ThreadPoolExecutor(4) as threads:
+        return {str(p.relative_to(folder)): h for p, h in zip(files, threads.map(_hash, files), strict=True)}
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None if it is whole."""
+    listing = folder / "manifest.json"
+    if not listing.exists():
+        return "its manifest.json is missing"
+    try:  # a file that may be damaged
+        expected = json.loads(listing.read_text())
+    except ValueError:
+        return "its manifest.json is damaged"
+    for name, digest in expected.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _hash(folder / name) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def _check_name(cfg: RunConfig) -> None:
+    parts = Path(cfg.name).parts
+    if not parts or ".." in parts or Path(cfg.name).is_absolute():
+        raise UserError(f"name={cfg.name!r}: give a plain name; runs_dir says where the folder goes")
+
+
+def _lock(path: Path, name: str) -> None:
+    """The kernel holds the lock for as long as this process lives, so that of a killed driver is free at once."""
+    if path in _locks:
+        return
+    file = (path / "lock").open("a+")
+    try:  # another process may hold it
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"name={name!r}: process {owner} is working in {path}; wait for it, or choose another name="
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _locks[path] = file
+
+
+def _move_aside(path: Path, cfg: RunConfig) -> None:
+    """Move what a former run wrote to `<name>.old-<time>`; folders that this run reads from stay."""
+    read = [Path(value).absolute() for value in _inputs(cfg).values()]
+    entries = [
+        entry
+        for entry in path.iterdir()
+        if entry.name != "lock" and not any(p == entry or entry in p.parents for p in read)
+    ]
+    if not entries:
+        return
+    old = path.with_name(f"{path.name}.old-{datetime.now():%Y%m%d-%H%M%S}")
+    old.mkdir()
+    for entry in entries:
+        os.replace(entry, old / entry.name)
+    print(f"{path}: starting over; what was there is now in {old}", flush=True)
+
+
+def _check_same_run(path: Path, cfg: RunConfig) -> None:
+    way_out = f"choose another name= than {cfg.name!r}, or start over with fresh=true"
+    for key, value in _inputs(cfg).items():
+        if key.endswith("path") and (path / "model") in [Path(value).absolute(), *Path(value).absolute().parents]:
+            raise UserError(f"{key}={value!r}: this run would write its own model there; choose another name=")
+    config, record = path / "config.yaml", path / "manifest.json"
+    if not (config.exists() and record.exists()):
+        if found := [name for name in RUN_FILES[2:] if (path / name).exists()]:
+            raise UserError(f"name={cfg.name!r}: {path} holds {found[0]} but no config.yaml; {way_out}")
+        return
+    former, now = yaml.safe_load(config.read_text()), plain(cfg)
+    command = json.loads(record.read_text())["command"]
+    if command != command_of(cfg):
+        raise UserError(f"name={cfg.name!r}: {path} is the folder of another run (`posttrain {command}`); {way_out}")
+    for key in IDENTITY:
+        if key in now and now[key] != former.get(key):
+            where, old, new = _first_difference(key, former.get(key), now[key])
+            raise UserError(f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}; {way_out}")
+
+
+def _first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                return _first_difference(f"{key}.{name}", old.get(name), new.get(name))
+    return key, old, new
+
+
+def _inputs(cfg: RunConfig) -> dict[str, str]:
+    """Every path that the run reads, by config key."""
+    found = {"model.path": cfg.model.path}
+    for section in ("data", "sft_data"):
+        data = getattr(cfg, section, None)
+        if data is None:
+            continue
+        found |= {f"{section}.{k}": v for k in ("path", "eval_path") if (v := getattr(data, k)) is not None}
+        for group in ("sources", "eval_sources"):
+            found |= {f"{section}.{group}.{n}.path": s.path for n, s in getattr(data, group).items()}
+    for domain, teacher in getattr(cfg, "teachers", {}).items():
+        if teacher.path is not None:
+            found[f"teachers.{domain}.path"] = teacher.path
+    return found
+
+
+def _value(cfg: RunConfig, key: str) -> str:
+    return _inputs(cfg)[key]
+
+
+def _fingerprints(cfg: RunConfig) -> dict[str, str]:
+    from teachers.fingerprint import fingerprint
+
+    keys = {k: v for k, v in _inputs(cfg).items() if k == "model.path" or k.startswith("teachers.")}
+    return {key: fingerprint(path, key) for key, path in keys.items()}
+
+
+def _yaml(cfg: RunConfig) -> str:
+    ordered = {f.name: plain(cfg)[f.name] for f in fields(cfg)}
+    return yaml.safe_dump(ordered | {"fresh": False}, sort_keys=False, width=100)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _step_of(name: str) -> int:
+    return int(name.rpartition("_")[2])
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")

@@ -1,0 +1,102 @@
+"""Help texts of the command line, in plain words."""
+
+from __future__ import annotations
+
+USAGE = """\
+posttrain: post-training for language models, Mixture-of-Experts first.
+
+  posttrain sft       train a model on conversations
+  posttrain rl        train it on its own answers, judged by a reward
+  posttrain mopd      distil one teacher per domain into one student
+  posttrain pipeline  all of it: SFT, a teacher per domain, MOPD, a table of the result
+  posttrain eval      accuracy of a checkpoint on held-out prompts
+  posttrain doctor    what is installed, what a run would use, what is wrong
+
+Settings follow as key=value:
+  posttrain sft model.path=DIR data.path=chats.jsonl name=first
+  posttrain pipeline experiment=tiny seed=1
+  posttrain mopd --config my.yaml learner.lr=2e-6
+
+Options:
+  --config FILE     a YAML file of settings; key=value on the command line wins over it
+  --config-dir DIR  a folder of your own groups, such as DIR/experiment/mine.yaml for experiment=mine
+  --cfg job         print the resolved settings and stop
+  --debug           show the traceback of an error
+  --help            this text; `posttrain rl --help` says more about one command
+  --version
+
+dry_run=true checks everything that can be checked without starting an engine and says what would run.
+A run that was stopped goes on where it was when the same command is given again; fresh=true starts over.
+"""
+
+COMMANDS = {
+    "sft": """\
+posttrain sft: supervised fine-tuning on conversations; the loss counts assistant tokens only.
+
+  model.path=DIR               Hugging Face checkpoint: safetensors, tokenizer, chat template
+  data.path=FILE               JSONL or Parquet, one conversation a row: {"messages": [...]}
+  name=first                   the run's folder, runs/first; the model ends up in runs/first/model
+  algorithm.steps=200 algorithm.batch_size=64 learner.lr=1e-5
+
+Examples:
+  posttrain sft model.path=models/base data.path=chats.jsonl
+  posttrain sft model.path=models/base data.sources.a.path=a.jsonl data.sources.b.path=b.parquet data.sources.b.weight=2
+""",
+    "rl": """\
+posttrain rl: reinforcement learning (GRPO) on the model's own answers, judged by a reward.
+
+  model.path=DIR data.path=FILE    one prompt a row: {"messages": [...], "domain": "math", "answer": "42"}
+  domain=math                      train on this domain's prompts only
+  rewards._target_=my_module.MyReward   a class with score(rollout) -> (reward, breakdown)
+  rewards.math._target_=...        or one for each domain
+  environments.tool._target_=... rollout.max_turns=4    answers from an environment, for tool use
+  algorithm.steps=100 algorithm.prompts_per_step=32 algorithm.group_size=8 learner.lr=1e-6
+
+Examples:
+  posttrain rl model.path=runs/first/model data.path=prompts.jsonl domain=math rewards._target_=my_module.MyReward
+  posttrain rl --config my.yaml algorithm=dapo
+""",
+    "mopd": """\
+posttrain mopd: multi-teacher on-policy distillation. The student samples its own answers; the teacher of each
+prompt's domain scores every token of them.
+
+  model.path=DIR                   the student
+  data.path=FILE                   prompts of every domain, rows with "domain"
+  teachers.math.path=DIR teachers.code.path=DIR   one teacher for each domain of the data
+  algorithm.steps=60 algorithm.prompts_per_step=128 learner.lr=1e-6
+  algorithm.alpha=0.2 algorithm.group_size=8 rewards._target_=...   outcome reward beside the teachers' signal
+
+Example:
+  posttrain mopd model.path=runs/first/model data.path=prompts.jsonl teachers.math.path=runs/math/model teachers.code.path=runs/code/model
+""",
+    "pipeline": """\
+posttrain pipeline: SFT, one teacher per domain, MOPD, evaluation, and a table of what the student took over.
+
+  model.path=DIR sft_data.path=FILE    where it starts, and demonstrations for SFT
+  data.path=FILE data.eval_path=FILE   prompts of every domain, and held-out ones
+  teachers.math.train=rl|sft|none      how each domain's teacher is made; teachers.math.path=DIR gives one
+  sft.* rl.* mopd.*                    algorithm and learner of each stage: rl.algorithm.steps=60 mopd.learner.lr=1e-6
+
+Examples:
+  posttrain pipeline experiment=tiny
+  posttrain pipeline --config my.yaml name=mine
+""",
+    "eval": """\
+posttrain eval: accuracy of one checkpoint on held-out prompts, sampled and greedy.
+
+  model.path=DIR data.eval_path=FILE rewards._target_=my_module.MyReward
+  eval.num_samples=4 eval.temperature=1.0 eval.num_prompts=500
+
+Example:
+  posttrain eval model.path=runs/first/model data.eval_path=heldout.jsonl rewards._target_=my_module.MyReward name=eval-first
+""",
+    "doctor": """\
+posttrain doctor: versions, devices, memory, disk, what each kind of run would use, and what is wrong. Exit code 1 if
+something is wrong.
+
+Examples:
+  posttrain doctor
+  posttrain doctor model.path=models/base
+  posttrain doctor model.path=models/base rollout.num_workers=4 learner.num_ranks=4
+""",
+}
