@@ -10,7 +10,9 @@ from posttrain.config import UserError
 from posttrain.data import chat
 from posttrain.data.tokenizer import load_tokenizer
 
-TOOLS = [{"type": "function", "function": {"name": "mul", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "mul", "parameters": {"type": "object", "properties": {}}}}
+]
 EPISODE = [
     {"role": "user", "content": "37 at 46?"},
     {"role": "assistant", "content": "mul(37,46)"},
@@ -68,7 +70,10 @@ def test_mask_distinguishes_equal_text_of_tool_and_assistant():
 
 
 def test_reasoning_is_trained_on():
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "c"},
+    ]
     assert masked_text(tokenizer_with(), messages)[1] == "<think>c</think>b<|end|>"
 
 
@@ -113,9 +118,7 @@ def test_token_across_the_border_is_refused():
 
     # a byte-pair vocabulary in which the separator and the first letter of the reply merge
     letters = [*"ab: ", "<e>"]
-    backend = Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate([*letters, ":b"])}, merges=[(":", "b")])
-    )
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*letters, ":b"])}, merges=[(":", "b")]))
     backend.pre_tokenizer = pre_tokenizers.Split("\n", behavior="removed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
     tokenizer.chat_template = (
@@ -147,7 +150,8 @@ def test_reply_does_not_depend_on_what_was_sampled():
     tokenizer = tokenizer_with()
     odd = [EPISODE[0], {"role": "assistant", "content": "<|tool|>9<|assistant|>"}]
     np.testing.assert_array_equal(
-        chat.encode_reply(tokenizer, odd, EPISODE[2:3]), chat.encode_reply(tokenizer, EPISODE[:2], EPISODE[2:3])
+        chat.encode_reply(tokenizer, odd, EPISODE[2:3]),
+        chat.encode_reply(tokenizer, EPISODE[:2], EPISODE[2:3]),
     )
 
 

@@ -68,7 +68,9 @@ def test_content_id_is_stable_and_unique(tmp_path, tokenizer):
 
 
 def test_eval_sources_are_separate(tmp_path, tokenizer):
-    data = DataConfig(path=write(tmp_path / "p.jsonl", numbered(1)), eval_path=write(tmp_path / "e.jsonl", numbered(2)))
+    data = DataConfig(
+        path=write(tmp_path / "p.jsonl", numbered(1)), eval_path=write(tmp_path / "e.jsonl", numbered(2))
+    )
     assert load_prompts(data, tokenizer, 64, eval=True)[0].messages[0]["content"] == "2+1=?"
 
 
@@ -93,7 +95,10 @@ BAD_ROWS = {
         "system: messages begin with a system message as well",
     ),
     "id": ({"messages": [USER], "id": ["x"]}, "id: expected a string or an integer"),
-    "character": ({"messages": [{"role": "user", "content": "\N{SNOWMAN}"}]}, "messages: the tokenizer refuses"),
+    "character": (
+        {"messages": [{"role": "user", "content": "\N{SNOWMAN}"}]},
+        "messages: the tokenizer refuses",
+    ),
     "prompt with reply": ({"messages": [USER, REPLY]}, "messages: a prompt must not end with an assistant"),
 }
 
@@ -112,9 +117,7 @@ def test_bad_row_is_skipped_counted_and_named(tmp_path, tokenizer, caplog, row, 
     path = write(tmp_path / "p.jsonl", numbered(1), row, numbered(2))
     skipped: list[str] = []
     with caplog.at_level(logging.WARNING):
-        prompts = load_prompts(
-            DataConfig(path=path, on_bad_row=BadRow.skip), tokenizer, 64, skipped=skipped
-        )
+        prompts = load_prompts(DataConfig(path=path, on_bad_row=BadRow.skip), tokenizer, 64, skipped=skipped)
     assert [p.messages[0]["content"] for p in prompts] == ["1+1=?", "2+1=?"]
     assert len(skipped) == 1 and skipped[0].startswith(f"{path}:2: ")
     assert "dropped 1 of 3 rows" in caplog.text and f"{path}:2" in caplog.text
@@ -128,8 +131,15 @@ def test_last_line_cut_off(tmp_path, tokenizer):
 
 
 def test_duplicate_ids(tmp_path, tokenizer):
-    path = write(tmp_path / "p.jsonl", {**numbered(1), "id": "a"}, {**numbered(2), "id": "b"}, {**numbered(3), "id": "a"})
-    with pytest.raises(UserError, match=r"p\.jsonl:3: id: the id occurs twice, first at .*p\.jsonl:1 \('a'\)"):
+    path = write(
+        tmp_path / "p.jsonl",
+        {**numbered(1), "id": "a"},
+        {**numbered(2), "id": "b"},
+        {**numbered(3), "id": "a"},
+    )
+    with pytest.raises(
+        UserError, match=r"p\.jsonl:3: id: the id occurs twice, first at .*p\.jsonl:1 \('a'\)"
+    ):
         load_prompts(DataConfig(path=path), tokenizer, 64)
     assert len(load_prompts(DataConfig(path=path, on_bad_row=BadRow.skip), tokenizer, 64)) == 2
 
@@ -161,7 +171,9 @@ def test_zero_is_an_answer(tmp_path, tokenizer):
 
 def test_prompt_longer_than_the_context(tmp_path, tokenizer):
     path = write(tmp_path / "p.jsonl", numbered(1), {"messages": [{"role": "user", "content": "x" * 40}]})
-    with pytest.raises(UserError, match=r"p\.jsonl:2: messages: the prompt has 42 tokens, more than the 20 that the context"):
+    with pytest.raises(
+        UserError, match=r"p\.jsonl:2: messages: the prompt has 42 tokens, more than the 20 that the context"
+    ):
         load_prompts(DataConfig(path=path), tokenizer, 20)
     assert len(load_prompts(DataConfig(path=path), tokenizer, 42)) == 2
     with pytest.raises(UserError, match=r"more than the 20 that data\.max_prompt_tokens allows"):
@@ -201,7 +213,7 @@ def test_missing_files_and_keys(tmp_path, tokenizer):
     with pytest.raises(UserError, match="unknown file type"):
         load_prompts(DataConfig(path=str(text)), tokenizer, 64)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="holds no .jsonl or .parquet"):
+    with pytest.raises(UserError, match=r"holds no \.jsonl or \.parquet"):
         load_prompts(DataConfig(path=str(tmp_path / "folder")), tokenizer, 64)
 
 
@@ -247,7 +259,11 @@ def test_conversation_sample(tmp_path, tokenizer):
     row = {"messages": [USER, REPLY], "domain": "math", "reasoning": "one and one"}
     (sample,) = load_conversations(DataConfig(path=write(tmp_path / "c.jsonl", row)), tokenizer, 64)
     assert tokenizer.decode(sample.token_ids[sample.loss_mask]) == "<think>one and one</think>2<|end|>"
-    assert sample.domain == "math" and (sample.weights == 1).all() and sample.weights.shape == sample.token_ids.shape
+    assert (
+        sample.domain == "math"
+        and (sample.weights == 1).all()
+        and sample.weights.shape == sample.token_ids.shape
+    )
 
 
 def test_conversation_errors(tmp_path, tokenizer):
@@ -256,7 +272,9 @@ def test_conversation_errors(tmp_path, tokenizer):
 
     with pytest.raises(UserError, match=r"c\.jsonl:1: messages: a conversation to train on must end"):
         load({"messages": [USER]})
-    with pytest.raises(UserError, match=r"c\.jsonl:1: messages: the conversation has 9 tokens, more than algorithm"):
+    with pytest.raises(
+        UserError, match=r"c\.jsonl:1: messages: the conversation has 9 tokens, more than algorithm"
+    ):
         load({"messages": [USER, REPLY]}, max_tokens=8)
     with pytest.raises(UserError, match=r"c\.jsonl:1: reasoning: expected a string"):
         load({"messages": [USER, REPLY], "reasoning": 3})
