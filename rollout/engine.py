@@ -1,0 +1,251 @@
+"""One vLLM engine in this process, driven step by step. Imports vLLM: set the process up first (`rollout.process`).
+
+Requests join, finish and are aborted between steps, and weights change between steps. Every method must be called
+from the thread that built the engine, because vLLM binds that thread's OpenMP team to its cores.
+
+Checks what comes back and pads nothing: a segment whose routes are short, out of range or unrecorded, or whose
+logprobs are not finite, carries an ``error`` that names the reason.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.inputs import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from posttrain.config import ModelConfig, OnUpdate, Replay, RolloutConfig, UserError
+from posttrain.records import EngineInfo, WeightBundle
+from rollout.checkpoint import checkpoint_shapes, local_checkpoint
+from rollout.segment import Segment, SegmentResult
+from rollout.weights import apply_bundle, check_bundle, engine_tensors
+
+OWNED_OPTIONS = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "revision": "model.revision",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "rollout.dtype",
+    "max_model_len": "rollout.max_model_len",
+    "seed": "seed",
+    "enable_return_routed_experts": "rollout.record_routes",
+}
+FIXED_OPTIONS: dict[str, Any] = {
+    "logprobs_mode": "raw_logprobs",  # at temperature 1, whatever the sampling temperature
+    "async_scheduling": False,  # a step in flight while weights change would carry the wrong version
+    "skip_tokenizer_init": False,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class _Running:
+    segment: Segment
+    engine_id: str  # vLLM's own id
+    updates: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (tokens sampled so far, version from there on)
+
+
+def engine_options(cfg: RolloutConfig, model: ModelConfig, seed: int) -> dict[str, Any]:
+    """Arguments for vLLM: what the config owns, this system's defaults, and the user's own options on top."""
+    known = {entry.name for entry in fields(EngineArgs)}
+    for key, value in cfg.vllm.items():
+        if key not in known:
+            raise UserError(f"rollout.vllm.{key}={value!r}: vLLM has no such engine option; check its name")
+        if key in OWNED_OPTIONS:
+            raise UserError(f"rollout.vllm.{key}={value!r}: set {OWNED_OPTIONS[key]} instead")
+        if key in FIXED_OPTIONS and value != FIXED_OPTIONS[key]:
+            raise UserError(f"rollout.vllm.{key}={value!r}: must stay {FIXED_OPTIONS[key]!r}; remove the key")
+    options: dict[str, Any] = {
+        "model": model.path,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": cfg.dtype.value,
+        "max_model_len": cfg.max_model_len,
+        "seed": seed,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "distributed_executor_backend": "mp" if cfg.vllm.get("tensor_parallel_size", 1) > 1 else "uni",
+    }
+    if current_platform.is_cpu():
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+    return options | FIXED_OPTIONS | cfg.vllm
+
+
+def _moe_layers(worker: Any) -> list[int]:
+    """Layers that choose experts, as vLLM numbers them; runs in its worker."""
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCaptureSource
+
+    modules = worker.model_runner.get_model().modules()
+    return sorted({m.layer_id for m in modules if isinstance(m, (MoERunner, RoutedExpertsCaptureSource))})
+
+
+def routes_problem(routes: np.ndarray | None, num_rows: int, num_experts: int) -> str | None:
+    """Why ``routes`` ([rows, L_moe, K]) cannot be used, or None."""
+    if routes is None:
+        return "the engine returned no routes"
+    if len(routes) != num_rows:
+        return f"the engine returned routes of {len(routes)} tokens, {num_rows} were consumed"
+    if routes.size and int(routes.max()) >= num_experts:
+        return f"a route names expert {int(routes.max())} of {num_experts}"
+    ordered = np.sort(routes, axis=-1)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        return "a route names one expert twice: it was not recorded"
+    return None
+
+
+class Engine:
+    """A vLLM engine with versioned weights. Raises `UserError` for options that vLLM does not have."""
+
+    def __init__(
+        self, cfg: RolloutConfig, model: ModelConfig, seed: int, worker_id: str = "rollout-0"
+    ) -> None:
+        started = time.monotonic()
+        arguments = EngineArgs(**engine_options(cfg, model, seed))
+        model_config = arguments.create_model_config()
+        longest = (
+            model_config.get_and_verify_max_len(None) if cfg.max_model_len is None else cfg.max_model_len
+        )
+        self.num_experts = model_config.get_num_experts()
+        self.records_routes = cfg.record_routes is Replay.auto and self.num_experts > 0
+        arguments.enable_return_routed_experts = self.records_routes
+        self.vllm = LLMEngine.from_engine_args(arguments)
+        self.policy_version = 0
+        self.on_update = cfg.on_update
+        self._running: dict[str, _Running] = {}
+        self._moe_layers: list[int] = self.vllm.collective_rpc(_moe_layers)[0]
+        self._all_layers_moe = len(self._moe_layers) == model_config.get_total_num_hidden_layers()
+        self._route_dtype = np.uint8 if self.num_experts <= 256 else np.uint16
+        self._expected = checkpoint_shapes(local_checkpoint(model.path, model.revision))
+        self._hf_config = model_config.hf_text_config
+        self.max_num_seqs: int = self.vllm.vllm_config.scheduler_config.max_num_seqs
+        self.info = EngineInfo(
+            worker_id=worker_id,
+            vocab_size=model_config.get_vocab_size(),
+            max_model_len=longest,
+            dtype=cfg.dtype.value,
+            records_routes=self.records_routes,
+            num_moe_layers=len(self._moe_layers),
+            num_experts=self.num_experts,
+            top_k=model_config.get_num_experts_per_tok() if self.num_experts else 0,
+            load_s=time.monotonic() - started,
+        )
+
+    @property
+    def num_running(self) -> int:
+        """Segments that are not finished."""
+        return len(self._running)
+
+    def add_request(self, segment: Segment) -> None:
+        """Let ``segment`` join at the next step."""
+        parameters = SamplingParams(
+            max_tokens=segment.max_tokens,
+            temperature=segment.temperature,
+            top_p=segment.top_p,
+            seed=segment.seed,
+            logprobs=0,
+            prompt_logprobs=0 if segment.score else None,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            routed_experts_prompt_start=segment.routes_start,
+            skip_clone=True,
+        )
+        # Under `keep` old KV stays in the cache; the salt hides it from requests that start under newer weights.
+        salt = f"version {self.policy_version}" if self.on_update is OnUpdate.keep else None
+        prompt = tokens_input(segment.token_ids, cache_salt=salt)
+        engine_id = self.vllm.add_request(segment.request_id, prompt, parameters)
+        self._running[segment.request_id] = _Running(
+            segment=segment, engine_id=engine_id, updates=[(0, self.policy_version)]
+        )
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Forget unfinished segments; their tokens are lost."""
+        known = [request_id for request_id in request_ids if self._running.pop(request_id, None) is not None]
+        self.vllm.abort_request(known)
+
+    def step(self) -> list[SegmentResult]:
+        """One engine step; segments that it finished."""
+        return [self._result(output) for output in self.vllm.step() if output.finished]
+
+    def update_weights(self, bundle: WeightBundle) -> dict[str, float]:
+        """Put new weights in place, between two steps. Requests in flight follow `rollout.on_update`.
+
+        Raises `WeightMismatch` for a bundle that does not fit, and RuntimeError if old KV could not be dropped.
+        """
+        started = time.monotonic()
+        num_layers = self._hf_config.num_hidden_layers
+        tied = bool(getattr(self._hf_config, "tie_word_embeddings", False))
+        check_bundle(bundle, self._expected, num_layers=num_layers, tied_embeddings=tied)
+        self.vllm.collective_rpc(apply_bundle, args=(bundle,))
+        if self.on_update is OnUpdate.recompute:
+            if not self.vllm.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("vLLM kept old KV after new weights: the prefix cache was not dropped")
+        elif not self._running and not self.vllm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept old KV after new weights: the prefix cache was not dropped")
+        self.policy_version = bundle.policy_version
+        states = self.vllm.output_processor.request_states
+        for running in self._running.values():
+            num_sampled = states[running.engine_id].detokenizer.num_output_tokens()
+            running.updates.append((num_sampled, self.policy_version))
+        return {"update_s": time.monotonic() - started, "num_requests_in_flight": float(len(self._running))}
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Every tensor that the model computes with, see `rollout.weights.engine_tensors`."""
+        return self.vllm.collective_rpc(engine_tensors)[0]
+
+    def _result(self, output: RequestOutput) -> SegmentResult:
+        running = self._running.pop(output.request_id)
+        segment, completion = running.segment, output.outputs[0]
+        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+        num_prompt = len(segment.token_ids)
+        if segment.score:
+            logprobs, num_rows = _first_logprobs(output.prompt_logprobs, num_prompt), num_prompt - 1
+        else:
+            logprobs = _first_logprobs(completion.logprobs, len(token_ids))
+            num_rows = num_prompt + len(token_ids) - 1 - segment.routes_start
+        error = None if np.isfinite(logprobs).all() else "the engine returned a logprob that is not finite"
+        routes = None
+        if self.records_routes:
+            routes = completion.routed_experts
+            if segment.score and routes is not None:
+                routes = routes[
+                    :-1
+                ]  # the engine samples one token after the text, and so consumes its last one
+            if routes is not None and not self._all_layers_moe:
+                routes = routes[:, self._moe_layers]
+            error = error or routes_problem(routes, num_rows, self.num_experts)
+            routes = None if routes is None or error else routes.astype(self._route_dtype, copy=False)
+        versions = np.empty(len(token_ids), dtype=np.int32)
+        for start, version in running.updates:
+            versions[start:] = version
+        return SegmentResult(
+            request_id=segment.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            policy_versions=versions,
+            routed_experts=routes,
+            finish_reason=str(completion.finish_reason),
+            error=error,
+        )
+
+
+def _first_logprobs(flat: Any, num_tokens: int) -> np.ndarray:
+    """[num_tokens] float32: the sampled (or given) token's logprob at each position of vLLM's FlatLogprobs; 0.0
+    where there is none, which is the first token of a prompt."""
+    starts, ends = np.asarray(flat.start_indices), np.asarray(flat.end_indices)
+    assert len(starts) == num_tokens, f"{len(starts)} logprobs for {num_tokens} tokens"
+    logprobs = np.zeros(num_tokens, dtype=np.float32)
+    defined = ends > starts
+    logprobs[defined] = np.asarray(flat.logprobs, dtype=np.float32)[starts[defined]]
+    return logprobs
