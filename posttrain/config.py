@@ -389,7 +389,7 @@ class TrackingConfig:
     rollout_samples: int = 8
     """Rollouts per step written to rollouts/ with their per-token scores."""
     rollout_every_steps: int = 10
-    """Steps between written samples."""
+    """Steps between written samples, and between measurements of what replay does (mismatch with and without)."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +36,7 @@ from posttrain.records import (
     SampleRef,
     SamplingSettings,
 )
-from posttrain.report.rollouts import write_rollouts
+from posttrain.report.rollouts import ScoredRollout, write_rollouts
 from posttrain.run_folder import RunFolder
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
@@ -79,6 +79,7 @@ class PolicyLoop:
         teachers: None in RL.
         probe_texts: token ids whose logprobs engine and learner must agree on after every update.
         probe_tolerance: largest mean |difference| allowed there, nat.
+        decode: token ids to text with special tokens, for the written samples.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class PolicyLoop:
         checkpoint_every: int,
         probe_texts: list[np.ndarray],
         probe_tolerance: float,
-        rollout_samples: int = 0,
-        rollout_every_steps: int = 10,
+        decode: Callable[[np.ndarray], str],
+        rollout_samples: int,
+        rollout_every_steps: int,
     ) -> None:
         self.algorithm = algorithm
         self.loss = loss
@@ -115,12 +117,12 @@ class PolicyLoop:
         self.checkpoint_every = checkpoint_every
         self.probe_texts = probe_texts
         self.probe_tolerance = probe_tolerance
+        self.decode = decode
         self.rollout_samples = rollout_samples
         self.rollout_every_steps = rollout_every_steps
         self.waves: dict[int, Wave] = {}
         self.wave_of: dict[str, int] = {}
         self.num_quarantined = 0
-        self.last_batch: list[SampleRef] = []
 
     def run(self, first_step: int) -> None:
         """Train steps ``first_step .. algorithm.steps`` (1-indexed, inclusive)."""
@@ -133,13 +135,17 @@ class PolicyLoop:
                     self.submit_wave(ahead)
                 wave = self.collect(step, clock)
             samples, metrics = self.batch(wave, step)
+            is_sampled_step = step % self.rollout_every_steps == 0 or step == last_step
+            if is_sampled_step and self.learner.info.num_moe_layers:
+                with clock("mismatch"):  # before the update: this policy sampled this batch
+                    mismatch = self.learner.mismatch(samples)
+                metrics |= {f"replay_check/{name}": value for name, value in mismatch.items()}
             with clock("train"):
                 metrics |= self.learner.train_step(samples, self.loss, step, self.algorithm.updates_per_batch)
-            self.last_batch = samples
             with clock("update_weights"):
                 metrics |= self.update_weights(policy_version=step)
             self.scheduler.trained(c.summary.group_id for c in wave.done)
-            if self.rollout_samples and step % self.rollout_every_steps == 0:
+            if self.rollout_samples and is_sampled_step:
                 self.write_samples(wave, step)
             if step % self.checkpoint_every == 0 or step == last_step:
                 with clock("checkpoint"):
@@ -302,7 +308,7 @@ class PolicyLoop:
                     "alarm",
                     name="no_mixed_groups",
                     step=step,
-                    hint="every group has equal rewards: nothing is learned; vary the prompts' difficulty or lower learner.lr",
+                    message="every group has equal rewards: nothing is learned; vary the prompts' difficulty or lower learner.lr",
                 )
         return samples, metrics
 
@@ -334,11 +340,16 @@ class PolicyLoop:
         groups: list[RolloutGroup] = ray.get([c.ref for c in chosen])
         rows = []
         for collected, group in zip(chosen, groups, strict=True):
-            scores = (
-                ray.get(collected.teacher_ref)[collected.teacher_offset] if collected.teacher_ref else None
+            rows.append(
+                ScoredRollout(
+                    rollout=group.rollouts[0],
+                    reward=collected.rewards[0] if collected.rewards else None,
+                    teacher=ray.get(collected.teacher_ref)[collected.teacher_offset]
+                    if collected.teacher_ref
+                    else None,
+                )
             )
-            rows.append((group.rollouts[0], scores, collected.rewards[0] if collected.rewards else None))
-        write_rollouts(self.folder.path, step, rows)
+        write_rollouts(self.folder.path, step, rows, self.decode)
 
 
 def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:

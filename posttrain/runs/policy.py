@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.config import MOPDRun, PolicyAlgorithm, PolicyRun, RLRun
 from posttrain.data.sources import load_prompts, source_weights
@@ -17,6 +18,7 @@ from posttrain.records import LossSettings, Prompt, SamplingSettings
 from posttrain.run_folder import RunFolder
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
+from posttrain.tracking.jsonl import read_jsonl
 
 PROBE_PROMPTS = 4
 
@@ -35,7 +37,8 @@ def run_policy(
     if folder.finished:
         print(f"{folder.path}: finished before; nothing to do")
         return str(folder.model)
-    prompts = training_prompts(cfg)
+    tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
+    prompts = training_prompts(cfg, tokenizer)
     domains = sorted({p.domain for p in prompts})
     scheduler = Scheduler(by_source(prompts), source_weights(cfg.data), cfg.seed)
 
@@ -80,20 +83,35 @@ def run_policy(
             checkpoint_every=cfg.checkpoint.every_steps,
             probe_texts=probe_texts(prompts),
             probe_tolerance=cfg.rollout.probe_tolerance,
+            decode=lambda token_ids: tokenizer.decode(token_ids.tolist(), skip_special_tokens=False),
             rollout_samples=cfg.tracking.rollout_samples,
             rollout_every_steps=cfg.tracking.rollout_every_steps,
         )
         loop.run(first_step)
-        folder.write_json("replay.json", learner.mismatch(loop.last_batch) if loop.last_batch else {})
+        folder.write_json("replay.json", replay_report(read_jsonl(folder.path / "metrics.jsonl")))
         learner.save_model(folder.model)
         tracker.finish()
     folder.finish()
     return str(folder.model)
 
 
-def training_prompts(cfg: RLRun | MOPDRun) -> list[Prompt]:
+def replay_report(steps: list[dict[str, float]]) -> dict[str, float] | None:
+    """What routing replay did in this run: the mean over the steps that measured it with and without, None without MoE.
+
+    Coverage is the smallest of all steps.
+    """
+    prefix = "replay_check/"
+    measured = [{k.removeprefix(prefix): v for k, v in s.items() if k.startswith(prefix)} for s in steps]
+    measured = [m for m in measured if m]
+    if not measured:
+        return None
+    report = {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}
+    report["coverage"] = min(s["replay/coverage"] for s in steps)
+    return report | {"num_batches": len(measured)}
+
+
+def training_prompts(cfg: RLRun | MOPDRun, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Prompts of the run, of one domain where an RL run names one."""
-    tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     domain = cfg.domain if isinstance(cfg, RLRun) else None
     return load_prompts(cfg.data, tokenizer, max_prompt_tokens(cfg), domain=domain)
 

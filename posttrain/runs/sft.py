@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import ray
 
 from posttrain.config import SFTRun
-from posttrain.data.sources import load_conversations, split_sources
+from posttrain.data.sources import load_conversations, sources_of
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
 from posttrain.loop import Clock
@@ -51,10 +51,10 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
             scheduler.trained(d.group_id for d in drawn)
             with clock("train"):
                 metrics = learner.train_step(batch([d.item for d in drawn]), LossSettings(kind="sft"), step)
-            if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps:
-                with clock("checkpoint"):
-                    folder.save(step, learner.save_checkpoint, {"scheduler": scheduler.state()})
+            # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
             tracker.log(step, metrics | clock.metrics(num_tokens=metrics["num_tokens"]))
+            if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps:
+                folder.save(step, learner.save_checkpoint, {"scheduler": scheduler.state()})
         learner.save_model(folder.model)
         tracker.finish()
     folder.finish()
@@ -65,9 +65,9 @@ def conversations(cfg: SFTRun) -> tuple[dict[str, list[TrainingSample]], dict[st
     """Tokenised conversations and mixture weight of every source, of one domain where ``cfg.domain`` says so."""
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     by_source, weights = {}, {}
-    for name, source, data in split_sources(cfg.data):
-        samples = load_conversations(data, tokenizer, cfg.algorithm.max_tokens)
-        by_source[name] = [s for s in samples if cfg.domain in (None, s.domain)]
+    for name, source in sources_of(cfg.data).items():
+        data = replace(cfg.data, path=None, sources={name: source})
+        by_source[name] = load_conversations(data, tokenizer, cfg.algorithm.max_tokens, domain=cfg.domain)
         weights[name] = source.weight
     return by_source, weights
 
