@@ -73,8 +73,8 @@ def _draw(prompts_P3: np.ndarray, rng: np.random.Generator, num_draws: int) -> n
     parts = []
     for start in range(0, num_draws, CHUNK_DRAWS):
         size = min(CHUNK_DRAWS, num_draws - start)
-        counts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=size)
-        parts.append(_ratio(counts @ prompts_P3 / num_prompts))
+        chosen = rng.integers(num_prompts, size=(size, num_prompts), dtype=np.int32)
+        parts.append(_ratio(prompts_P3[chosen].mean(axis=1)))
     return np.concatenate(parts)
 
 

@@ -49,7 +49,7 @@ def build_summary(
     domains = list(table[SFT])
     own = {domain: table[teacher_name(domain)][domain] for domain in domains}
     students = [name for name in (MOPD, AVERAGE) if name in table]
-    summary = {
+    summary: dict[str, Any] = {
         "domains": domains,
         "num_eval": {domain: len(table[SFT][domain].sampled) for domain in domains},
         "accuracy": _accuracy(table, greedy=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -30,39 +31,38 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
 
 
 def _accuracy(summary: dict[str, Any]) -> Table:
+    """Fits 80 columns with the average merge in it."""
     accuracy, shares = summary["accuracy"], summary["normalised"]
-    merged = "average_merge" in accuracy
+    names = ["sft", "teachers", "mopd", *(["average_merge"] if "average_merge" in accuracy else [])]
     table = Table(
-        title="Accuracy on held-out prompts, temperature 1 (%)",
+        title="Accuracy on held-out prompts at temperature 1, %",
+        caption="share of gain = (model - SFT) / (teacher - SFT), with its 95 % interval",
         title_justify="left",
-        caption="share = (model - SFT) / (teacher - SFT), with its 95 % interval",
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("domain")
-    for name in ["prompts", "SFT", "teacher", "student", *(["average"] if merged else []), "student's share"]:
-        table.add_column(name, justify="right")
-    if merged:
-        table.add_column("average's share", justify="right")
-    for domain in summary["domains"]:
-        cells = [
-            accuracy[name][domain]
-            for name in ("sft", "teachers", "mopd", *(["average_merge"] if merged else []))
-        ]
-        row = [domain, str(summary["num_eval"][domain]), *(_percent(cell) for cell in cells)]
-        row.append(_share(shares["mopd"], domain))
-        if merged:
-            row.append(_share(shares["average_merge"], domain))
-        table.add_row(*row)
-    table.add_section()
-    names = ("sft", "teachers", "mopd", *(["average_merge"] if merged else []))
-    means = [_percent(sum(accuracy[name].values()) / len(summary["domains"])) for name in names]
-    last = [_share(shares["mopd"], "mean"), *([_share(shares["average_merge"], "mean")] if merged else [])]
-    table.add_row("mean", "", *means, *last, style="bold")
+    for header in ["n", "SFT", "teacher", "student"]:
+        table.add_column(header, justify="right", style="bold" if header == "student" else "")
+    table.add_column("share of gain", justify="right", style="bold", no_wrap=True)
+    if "average_merge" in accuracy:
+        table.add_column("average", justify="right")
+        table.add_column("share", justify="right")
+    rows = [(domain, [accuracy[name][domain] for name in names]) for domain in summary["domains"]]
+    means = [sum(accuracy[name].values()) / len(rows) for name in names]
+    for domain, (sft, teacher, student, *average) in [*rows, ("mean", means)]:
+        cells = [_percent(sft), _percent(teacher), _percent(student), _share(shares["mopd"], domain)]
+        if average:
+            cells += [_percent(average[0]), _number(shares["average_merge"][domain])]
+        if domain == "mean":
+            table.add_section()
+        table.add_row(domain, str(summary["num_eval"].get(domain, "")), *cells)
     return table
 
 
 def _teachers(summary: dict[str, Any]) -> Table:
-    table = Table(title="Every teacher on every domain (%)", title_justify="left")
+    table = Table(title="Every teacher on every domain, %", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("teacher of")
     for domain in summary["domains"]:
         table.add_column(domain, justify="right")
@@ -86,8 +86,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _share(shares: dict[str, Any], name: str) -> str:
     if shares[name] is None:
         return "-"
-    low, high = (("∞" if end is None else f"{end:.2f}") for end in shares["ci"][name])
-    return f"{shares[name]:.2f} [{'-' if low == '∞' else ''}{low}, {high}]"
+    low, high = shares["ci"][name]
+    return f"{shares[name]:.2f} [{'-∞' if low is None else f'{low:.2f}'}, {'∞' if high is None else f'{high:.2f}'}]"
