@@ -20,10 +20,11 @@ from posttrain.engines import Engines
 from posttrain.merge import average
 from posttrain.records import Prompt
 from posttrain.report.picture import draw_summary
-from posttrain.report.summary import build_summary
+from posttrain.report.summary import EvalScores, build_summary, standard_errors, teacher_name, write_summary
 from posttrain.report.table import print_summary
 from posttrain.run_folder import RunFolder
 from posttrain.runs import evaluate, mopd, rl, sft
+from posttrain.tracking.jsonl import read_jsonl
 
 
 def run(cfg: PipelineRun) -> None:
@@ -53,18 +54,14 @@ def run(cfg: PipelineRun) -> None:
                 average([teachers[d] for d in domains], merged)
         with stopwatch("evaluate"):
             models = {"sft": sft_model, "mopd": student, "average_merge": merged}
-            models |= {f"teacher_{d}": path for d, path in teachers.items()}
+            models |= {teacher_name(d): path for d, path in teachers.items()}
             scores = evaluate_all(cfg, engines, folder, held_out, models)
 
-    summary = build_summary(
-        domains=domains,
-        scores=scores,
-        wall_s=stopwatch.seconds,
-        replay=folder.read_json("mopd/replay.json"),
-        seed=cfg.seed,
-    )
-    folder.write_json("summary.json", summary)
-    draw_summary(summary, folder.path / "mopd" / "metrics.jsonl", folder.path / "summary.png")
+    table = {name: as_cells(model) for name, model in scores.items()}
+    summary = build_summary(table, stopwatch.seconds, folder.read_json("mopd/replay.json"), cfg.seed)
+    write_summary(folder.path / "summary.json", summary)
+    steps = read_jsonl(folder.path / "mopd" / "metrics.jsonl")
+    draw_summary(folder.path / "summary.png", summary, steps, standard_errors(table))
     print_summary(summary)
     print(
         f"summary: {folder.path / 'summary.json'}   picture: {folder.path / 'summary.png'}   student: {student}"
@@ -182,16 +179,21 @@ def evaluate_all(
     sampled, greedy = evaluate.eval_settings(cfg)
     scores = {}
     for version, (name, path) in enumerate(models.items()):
-        file = folder.path / "eval" / f"{name}.json"
-        if not file.exists():
+        file = f"eval/{name.replace('/', '_')}.json"
+        if folder.read_json(file) is None:
             prompts = {
                 d: p[: cfg.eval.cross_num_prompts]
-                if name.startswith("teacher_") and name != f"teacher_{d}"
+                if name.startswith("teacher") and name != teacher_name(d)
                 else p
                 for d, p in held_out.items()
             }
             rollouts.load_checkpoint(path, version)
-            result = evaluate.evaluate(rollouts, rewards, prompts, sampled, greedy)
-            folder.write_json(f"eval/{name}.json", result.to_json())
-        scores[name] = evaluate.Scores.read(file)
+            folder.write_json(file, evaluate.evaluate(rollouts, rewards, prompts, sampled, greedy).to_json())
+        scores[name] = evaluate.Scores.read(folder.path / file)
     return scores
+
+
+def as_cells(scores: evaluate.Scores) -> dict[str, EvalScores]:
+    """Scores of one model in the form of the report, domain by domain."""
+    greedy = scores.greedy or {}
+    return {d: EvalScores(sampled=rewards, greedy=greedy.get(d)) for d, rewards in scores.sampled.items()}
