@@ -63,9 +63,10 @@ def user_problem(error: BaseException) -> str | None:
             return " ".join(str(link).split())
         if isinstance(link, OSError) and link.errno == errno.ENOSPC:
             return f"{link.filename or 'disk'}: the disk is full; free space and start the same command again to resume"
-        if getattr(link, "actor_init_failed", False):  # Ray keeps only the text of an error in an actor's start
-            if found := re.findall(r"^(?:posttrain\.config\.)?UserError: (.+)$", str(link), re.MULTILINE):
-                return str(found[-1])
+        # Of an error in an actor's start Ray keeps only the text.
+        text = str(link) if getattr(link, "actor_init_failed", False) else ""
+        if found := re.findall(r"^(?:posttrain\.config\.)?UserError: (.+)$", text, re.MULTILINE):
+            return str(found[-1])
     return None
 
 
@@ -123,7 +124,8 @@ def _run_command(options: argparse.Namespace) -> int:
 
 
 def _start(command: str, cfg: RunConfig) -> int:
-    from posttrain.validate import print_plan, validate
+    from posttrain.plan import print_plan
+    from posttrain.validate import validate
 
     report = validate(cfg)
     if cfg.dry_run:

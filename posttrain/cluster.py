@@ -2,15 +2,16 @@
 
 Owns how a local Ray is set up: bound to the loopback address alone, token authentication with a token of its own,
 no dashboard, no usage report, the driver's import path handed to every worker. All of it dies with the driver, even
-by ``kill -9``: Ray's servers are bound to the driver process and the workers to Ray's. Refuses to fall back: an
-address that cannot be joined is an error, never a reason to start another Ray. Actors of this project share cores,
-so a local Ray offers more logical CPUs than the machine may have.
+by ``kill -9``: Ray's servers are bound to the driver process and the workers to Ray's, and a watcher ends what is
+left. Refuses to fall back: an address that cannot be joined is an error, never a reason to start another Ray. Actors
+of this project share cores, so a local Ray offers more logical CPUs than the machine may have.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,25 @@ LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
-    # How long Ray's own agents outlive a killed driver; their default is a minute.
-    "RAY_gcs_server_request_timeout_seconds": "15",
 }
+
+# Ends whatever still has a log of this Ray session open some seconds after the driver is gone: Ray's own agents would
+# stay for a minute, a worker that is stuck for ever. It notices the driver's end by the end of its standard input.
+WATCHER = """
+import os, sys, time
+session = sys.argv[1] + "/"
+sys.stdin.read()
+time.sleep(5)
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        files = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+        if int(pid) != os.getpid() and any(f.startswith(session) for f in files):
+            os.kill(int(pid), 9)
+    except OSError:
+        pass
+"""
+
+_watcher: subprocess.Popen[bytes] | None = None
 
 
 def start(cfg: RayConfig) -> None:
@@ -47,9 +64,14 @@ def start(cfg: RayConfig) -> None:
 
 def stop() -> None:
     """Leave Ray; a local one ends with all its processes."""
+    global _watcher
     import ray
 
     ray.shutdown()
+    if _watcher is not None:
+        assert _watcher.stdin is not None
+        _watcher.stdin.close()  # it looks once more, and ends
+        _watcher = None
 
 
 def import_roots() -> list[str]:
@@ -77,6 +99,16 @@ def _start_local(cfg: RayConfig) -> None:
         log_to_driver=cfg.log_to_driver,
         configure_logging=False,
     )
+    _watch(ray._private.worker._global_node.get_session_dir_path())
+
+
+def _watch(session_dir: str) -> None:
+    global _watcher
+    _watcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", WATCHER, os.path.realpath(session_dir)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C in the terminal must not end it
+    )
 
 
 def _join(cfg: RayConfig) -> None:
@@ -100,12 +132,12 @@ def _join(cfg: RayConfig) -> None:
 def _reread_environment() -> None:
     """Ray reads these settings when it is imported, which may have been before they were set."""
     import ray._private.ray_constants as constants
-    from ray._raylet import AuthenticationTokenLoader, Config
+    import ray._raylet as native  # a compiled module without type information
 
     constants.ENABLE_RAY_CLUSTER = False
-    Config.initialize("")
-    loader: Any = AuthenticationTokenLoader.instance()
-    loader.reset_cache()
+    settings: Any = native
+    settings.Config.initialize("")
+    settings.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _check_shared_memory(object_store_gb: float) -> None:

@@ -67,8 +67,12 @@ def merge(
     groups = available_groups(search_dir)
     parsed = [_parse(text) for text in overrides]
     chosen = [o for o in parsed if _is_group(o, groups)]
-    config = _compose_groups(command, file_groups + [_group_text(command, o, groups) for o in chosen], search_dir)
-    OmegaConf.set_struct(config, None)  # mappings take new names; every key is checked against the schema below
+    config = _compose_groups(
+        command, file_groups + [_group_text(command, o, groups) for o in chosen], search_dir
+    )
+    OmegaConf.set_struct(
+        config, None
+    )  # mappings take new names; every key is checked against the schema below
     if config_file:
         _apply(config, file_tree, schema, origin=f"{config_file}: ")
     for override in parsed:
@@ -137,7 +141,9 @@ def _group_text(command: str, override: Override, groups: dict[str, list[str]]) 
     known = command_groups(command)
     place = f"{name}@{override.package or package}" if override.package or package else name
     if place not in known:
-        raise UserError(f"{place}={choice}: `posttrain {command}` has no such group; it has {', '.join(known)}")
+        raise UserError(
+            f"{place}={choice}: `posttrain {command}` has no such group; it has {', '.join(known)}"
+        )
     if choice is not None and choice not in groups[name]:
         guess = nearest(str(choice), groups[name])
         hint = f"did you mean {guess}?" if guess else f"there are {', '.join(groups[name])}"
@@ -263,6 +269,10 @@ def _shown(value: Any) -> str:
 def _delete(config: DictConfig, override: Override) -> None:
     *parents, name = override.key_or_group.split(".")
     node = OmegaConf.select(config, ".".join(parents)) if parents else config
-    if not isinstance(node, DictConfig) or name not in node or dataclasses.is_dataclass(OmegaConf.get_type(node)):
+    if (
+        not isinstance(node, DictConfig)
+        or name not in node
+        or dataclasses.is_dataclass(OmegaConf.get_type(node))
+    ):
         raise UserError(f"~{override.key_or_group}: only an entry of a mapping that is set can be removed")
     del node[name]

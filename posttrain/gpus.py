@@ -1,0 +1,61 @@
+"""Which GPUs this machine has and which a run asks for. Imports no torch: it looks at the driver's device files."""
+
+from __future__ import annotations
+
+import glob
+import os
+
+from posttrain.config import EvalRun, MOPDRun, PipelineRun, PolicyRun, RunConfig, SFTRun, UserError
+
+
+def num_gpus() -> int:
+    """NVIDIA GPUs that a process started here may use."""
+    devices = glob.glob("/dev/nvidia[0-9]*")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(devices)
+    return min(len(devices), len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"]))
+
+
+def gpus_of(cfg: RunConfig, available: int) -> dict[str, float]:
+    """GPUs by consumer, `{"learner": 2.0, ...}`, under the rules of the pools: what is not said is 1 where there are any."""
+    some = 1.0 if available else 0.0
+    use: dict[str, float] = {}
+    if isinstance(cfg, SFTRun | PolicyRun):
+        use["learner"] = cfg.learner.num_ranks * some
+    if isinstance(cfg, PipelineRun):
+        use["learner"] = max(s.learner.num_ranks for s in (cfg.sft, cfg.rl, cfg.mopd)) * some
+    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
+        each = cfg.rollout.num_gpus_per_worker
+        default = some * int(cfg.rollout.vllm.get("tensor_parallel_size", 1))
+        use["rollout"] = cfg.rollout.num_workers * (default if each is None else each)
+    if isinstance(cfg, MOPDRun | PipelineRun):
+        each = cfg.teacher_workers.num_gpus_per_worker
+        spare = available - sum(use.values()) >= cfg.teacher_workers.num_workers
+        use["teacher_workers"] = cfg.teacher_workers.num_workers * (
+            (1.0 if spare else 0.0) if each is None else each
+        )
+    return use
+
+
+def check_gpus(cfg: RunConfig, notes: list[str]) -> None:
+    """Refuse a run that asks for more GPUs than there are; on a cluster only Ray knows, so a note says so."""
+    if cfg.ray.address is not None:
+        notes.append(f"ray.address={cfg.ray.address}: the cluster's GPUs are not checked here")
+        return
+    available = num_gpus()
+    use = gpus_of(cfg, available)
+    for name in ("rollout", "teacher_workers"):
+        each = getattr(getattr(cfg, name, None), "num_gpus_per_worker", None)
+        if each and use[name] > available:
+            workers = getattr(cfg, name).num_workers
+            raise UserError(
+                f"{name}.num_gpus_per_worker={each:g}: {workers} workers need {use[name]:g} GPUs and this machine has"
+                f" {available}; give {name}.num_gpus_per_worker=0 or join a cluster with ray.address"
+            )
+    if sum(use.values()) > available:
+        parts = ", ".join(f"{name} {count:g}" for name, count in use.items() if count)
+        raise UserError(
+            f"rollout.num_gpus_per_worker=null: the run asks for {sum(use.values()):g} GPUs ({parts}) and this machine has"
+            f" {available}; use fewer workers or ranks, or fractions such as rollout.num_gpus_per_worker=0.5"
+        )

@@ -1,0 +1,127 @@
+"""What a run would be made of, for `dry_run=true` and `doctor`: processes, cores, GPUs, rough memory, data counts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from posttrain.config import (
+    Dtype,
+    EvalRun,
+    LearnerConfig,
+    MOPDRun,
+    PipelineRun,
+    PolicyRun,
+    RolloutConfig,
+    RunConfig,
+    SFTRun,
+)
+from posttrain.gpus import gpus_of, num_gpus
+from posttrain.run_folder import plain
+from posttrain.validate import Report
+
+BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
+
+
+@dataclass(kw_only=True, slots=True)
+class Processes:
+    """One kind of worker process. Memory is for weights, gradients and optimizer states; activations come on top."""
+
+    name: str
+    count: int
+    cores: int  # of each, on a CPU
+    gpus: float  # of all
+    gib: float | None  # of all; None where the model is not known
+
+
+def processes(cfg: RunConfig, num_parameters: int | None) -> list[Processes]:
+    """Every kind of process that the run starts beside the driver and Ray's own."""
+    use = gpus_of(cfg, num_gpus())
+    found: list[Processes] = []
+    if learner := _learner(cfg):
+        cores = learner.cores_per_rank or max(1, (os.cpu_count() or 1) // learner.num_ranks)
+        # weights, gradients, and AdamW's two moments with the master weights in float32
+        each = 2 * BYTES[learner.dtype] + (8 if learner.dtype is Dtype.float32 else 12)
+        copies = 1 if learner.zero_stage == 3 else learner.num_ranks
+        found.append(
+            _row("learner", learner.num_ranks, cores, use.get("learner", 0), num_parameters, each * copies)
+        )
+    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
+        rollout: RolloutConfig = cfg.rollout
+        each = BYTES[rollout.dtype] * rollout.num_workers
+        found.append(
+            _row(
+                "rollout", rollout.num_workers, rollout.cores_per_worker, use["rollout"], num_parameters, each
+            )
+        )
+        if cfg.rewards:
+            found.append(Processes(name="rewards", count=1, cores=1, gpus=0, gib=0.3))
+    if isinstance(cfg, MOPDRun | PipelineRun):
+        teachers = cfg.teacher_workers
+        cores = teachers.cores_per_worker or os.cpu_count() or 1
+        each = BYTES[teachers.dtype] * max(len(cfg.teachers), 1)
+        found.append(
+            _row("teachers", teachers.num_workers, cores, use["teacher_workers"], num_parameters, each)
+        )
+    return found
+
+
+def process_table(cfg: RunConfig, num_parameters: int | None, title: str) -> Table:
+    """`processes` as a table."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("processes")
+    for name in ("count", "cores each", "GPUs", "GiB of weights"):
+        table.add_column(name, justify="right")
+    for row in processes(cfg, num_parameters):
+        memory = "?" if row.gib is None else f"{row.gib:.2f}"
+        table.add_row(row.name, str(row.count), str(row.cores), f"{row.gpus:g}", memory)
+    return table
+
+
+def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
+    """The resolved configuration, then what was checked and would run."""
+    import yaml
+
+    print(yaml.safe_dump(plain(cfg), sort_keys=False, width=100), end="")
+    console = Console()
+    model = report.model
+    kind = f"{model.num_experts} experts a layer" if model.num_experts else "dense"
+    console.print(
+        f"\nmodel     {model.path}: {model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters, {kind}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for name, counts in (
+        ("SFT rows", report.num_conversations),
+        ("prompts", report.num_prompts),
+        ("held out", report.num_eval_prompts),
+    ):
+        if counts:
+            console.print(
+                f"{name:<9} " + ", ".join(f"{domain} {n:,}" for domain, n in counts.items()), highlight=False
+            )
+    for row in report.teachers:
+        console.print(
+            f"teacher   {row['domain']}: {row['path']} ({row['result']})", soft_wrap=True, highlight=False
+        )
+    for note in report.notes:
+        console.print(f"note      {note}", soft_wrap=True, highlight=False)
+    console.print(process_table(cfg, model.num_parameters, "would start"))
+    console.print(f"dry run of `posttrain {command}`: everything checked, nothing started", highlight=False)
+
+
+def _learner(cfg: RunConfig) -> LearnerConfig | None:
+    if isinstance(cfg, PipelineRun):
+        return cfg.mopd.learner
+    return cfg.learner if isinstance(cfg, SFTRun | PolicyRun) else None
+
+
+def _row(
+    name: str, count: int, cores: int, gpus: float, num_parameters: int | None, bytes_per_parameter: float
+) -> Processes:
+    gib: Any = None if num_parameters is None else num_parameters * bytes_per_parameter / 2**30
+    return Processes(name=name, count=count, cores=cores, gpus=gpus, gib=gib)

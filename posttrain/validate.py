@@ -1,0 +1,317 @@
+"""Checks of a configuration against the world, before any engine starts: checkpoints, data, rewards, teachers, GPUs.
+
+Owns what needs the file system or several sections at once; what one value alone tells is refused by the schema
+(`posttrain.config`). Every refusal is a `UserError` of one line. Reads headers of checkpoints and the data files,
+imports the user's reward and environment modules, starts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from posttrain.config import (
+    DataConfig,
+    EvalRun,
+    LearnerConfig,
+    MOPDRun,
+    PipelineRun,
+    PolicyRun,
+    RLRun,
+    RolloutConfig,
+    RunConfig,
+    SFTRun,
+    TeacherTraining,
+    UserError,
+    require,
+)
+from posttrain.gpus import check_gpus
+from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
+from teachers.preflight import check_files
+
+BIAS_ENDINGS = ("correction_bias", "expert_bias")  # of the tensors that learner.expert_bias_rate moves
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelReport:
+    """What the checkpoint's files say."""
+
+    path: str
+    architecture: str
+    num_parameters: int
+    num_bytes: int
+    num_experts: int  # 0: dense
+    context: int | None  # tokens, where config.json says so
+    has_expert_bias: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """What a run was found to be made of. Counts are per domain."""
+
+    model: ModelReport
+    num_prompts: dict[str, int] = field(default_factory=dict)
+    num_eval_prompts: dict[str, int] = field(default_factory=dict)
+    num_conversations: dict[str, int] = field(default_factory=dict)
+    teachers: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains of the prompts, or of the conversations where there are no prompts."""
+        return sorted(self.num_prompts or self.num_eval_prompts or self.num_conversations)
+
+
+def validate(cfg: RunConfig) -> Report:
+    """Check one run. Raises `UserError` for the first thing that cannot work."""
+    report = Report(model=check_model(cfg.model.path))
+    if cfg.model.trust_remote_code:
+        report.notes.append("model.trust_remote_code=true: Python code of the checkpoint will run")
+    check_gpus(cfg, report.notes)
+    for key, learner in _learners(cfg):
+        _check_learner(key, learner, report.model)
+    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
+        check_context(cfg.rollout, report.model)
+    _check_data(cfg, report)
+    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
+        _check_targets(cfg, report)
+    if isinstance(cfg, MOPDRun | PipelineRun):
+        report.teachers = _check_teachers(cfg, report)
+    return report
+
+
+def check_model(path: str, key: str = "model.path") -> ModelReport:
+    """Files of a checkpoint: config, complete shards; no tokenizer yet."""
+    folder = locate(path, key)
+    config = read_config(folder, key)
+    tensors = read_tensors(folder, key)
+    text = config.get("text_config", config)
+    experts = next(
+        (text[k] for k in ("n_routed_experts", "num_experts", "num_local_experts") if text.get(k)), 0
+    )
+    return ModelReport(
+        path=path,
+        architecture=", ".join(config.get("architectures") or [config.get("model_type", "unknown")]),
+        num_parameters=sum(_num_elements(entry) for entry in tensors.values()),
+        num_bytes=sum(entry.end - entry.start for entry in tensors.values()),
+        num_experts=int(experts),
+        context=text.get("max_position_embeddings"),
+        has_expert_bias=any(name.endswith(BIAS_ENDINGS) for name in tensors),
+    )
+
+
+def check_context(rollout: RolloutConfig, model: ModelReport) -> None:
+    """The engine's context holds a completion and a prompt, and is not longer than the model's."""
+    require(
+        rollout.max_new_tokens < rollout.max_model_len,
+        "rollout.max_new_tokens",
+        rollout.max_new_tokens,
+        f"leaves no room for a prompt in rollout.max_model_len={rollout.max_model_len}; lower it or raise that",
+    )
+    require(
+        model.context is None or rollout.max_model_len <= model.context,
+        "rollout.max_model_len",
+        rollout.max_model_len,
+        f"the model's context is {model.context} tokens; give at most that",
+    )
+
+
+def _num_elements(entry: TensorEntry) -> int:
+    count = 1
+    for size in entry.shape:
+        count *= size
+    return count
+
+
+def _learners(cfg: RunConfig) -> list[tuple[str, LearnerConfig]]:
+    if isinstance(cfg, PipelineRun):
+        return [(f"{name}.learner", getattr(cfg, name).learner) for name in ("sft", "rl", "mopd")]
+    return [("learner", cfg.learner)] if isinstance(cfg, SFTRun | PolicyRun) else []
+
+
+def _check_learner(key: str, learner: LearnerConfig, model: ModelReport) -> None:
+    if not model.num_experts:
+        way_out = f"{model.path} is a dense model without experts; leave it at its default"
+        require(learner.expert_bias_rate == 0, f"{key}.expert_bias_rate", learner.expert_bias_rate, way_out)
+        require(learner.aux_loss_coef == 0, f"{key}.aux_loss_coef", learner.aux_loss_coef, way_out)
+        require(not learner.freeze_router, f"{key}.freeze_router", learner.freeze_router, way_out)
+    require(
+        learner.expert_bias_rate == 0 or model.has_expert_bias,
+        f"{key}.expert_bias_rate",
+        learner.expert_bias_rate,
+        f"the routers of {model.path} have no expert bias; use {key}.aux_loss_coef for balance",
+    )
+
+
+# Data -----------------------------------------------------------------------------------------------------------
+
+
+def _check_data(cfg: RunConfig, report: Report) -> None:
+    from posttrain.data.sources import load_conversations, load_prompts, sources_of
+    from posttrain.data.tokenizer import load_tokenizer
+
+    plans = _data_plans(cfg)
+    for data, held_out, _ in plans:
+        sources_of(data, eval=held_out)  # is anything configured? cheaper than a tokenizer
+    tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
+    training: set[str] = set()
+    for data, held_out, kind in plans:
+        if kind == "conversations":
+            stage = cfg.sft if isinstance(cfg, PipelineRun) else cast(SFTRun, cfg)
+            domain = cfg.domain if isinstance(cfg, SFTRun) else None
+            samples = load_conversations(data, tokenizer, stage.algorithm.max_tokens, domain=domain)
+            report.num_conversations = _count(sample.domain for sample in samples)
+            continue
+        room = cast(Any, cfg).rollout.max_model_len - cast(Any, cfg).rollout.max_new_tokens
+        domain = cfg.domain if isinstance(cfg, RLRun) else None
+        prompts = load_prompts(data, tokenizer, room, eval=held_out, domain=domain)
+        _check_required_fields(cast(Any, cfg).rewards, prompts, data, tokenizer, room, held_out)
+        if held_out:
+            report.num_eval_prompts = _count(prompt.domain for prompt in prompts)
+            if shared := training & {str(prompt.messages) for prompt in prompts}:
+                report.notes.append(f"{len(shared)} held-out prompts also occur in the training prompts")
+        else:
+            report.num_prompts = _count(prompt.domain for prompt in prompts)
+            training = {str(prompt.messages) for prompt in prompts}
+
+
+def _data_plans(cfg: RunConfig) -> list[tuple[DataConfig, bool, str]]:
+    """(section, held-out?, kind) of everything that the run reads."""
+    if isinstance(cfg, SFTRun):
+        return [(cfg.data, False, "conversations")]
+    if isinstance(cfg, EvalRun):
+        return [(cfg.data, True, "prompts")]
+    if isinstance(cfg, PipelineRun):
+        if cfg.sft_data.path is None and not cfg.sft_data.sources:
+            raise UserError(
+                "sft_data.path is missing: give sft_data.path=FILE.jsonl with the SFT demonstrations"
+            )
+        return [
+            (cfg.sft_data, False, "conversations"),
+            (cfg.data, False, "prompts"),
+            (cfg.data, True, "prompts"),
+        ]
+    return [(cfg.data, False, "prompts")]
+
+
+def _check_required_fields(
+    rewards: dict[str, Any], prompts: list[Any], data: DataConfig, tokenizer: Any, room: int, held_out: bool
+) -> None:
+    """Rows have the fields that a reward class names in ``required_fields``; the loader's error names file and line."""
+    from posttrain.data.sources import load_prompts
+
+    for domain in {prompt.domain for prompt in prompts}:
+        entry = rewards if "_target_" in rewards else rewards.get(domain)
+        if not isinstance(entry, dict) or "_target_" not in entry:
+            continue  # rewards.resolve says it
+        names = getattr(find_target(f"rewards.{domain}", entry["_target_"]), "required_fields", ())
+        lacking = [
+            p for p in prompts if p.domain == domain and any(not _has_field(p, name) for name in names)
+        ]
+        if lacking:
+            load_prompts(data, tokenizer, room, eval=held_out, domain=domain, required_fields=names)
+
+
+def _has_field(prompt: Any, names: str) -> bool:
+    return any(
+        (prompt.answer is not None) if name == "answer" else name in prompt.metadata
+        for name in names.split("|")
+    )
+
+
+def _count(domains: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for domain in domains:
+        counts[domain] = counts.get(domain, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+# Rewards, environments, teachers --------------------------------------------------------------------------------
+
+
+def find_target(key: str, target: Any) -> Any:
+    """The class or function that ``_target_`` names."""
+    prefix = f"{key}._target_={target!r}"
+    way_out = "give MODULE.CLASS; modules are looked for in the working directory and on PYTHONPATH"
+    module_name, _, attribute = str(target).rpartition(".")
+    if not module_name:
+        raise UserError(f"{prefix}: no module in it; {way_out}")
+    try:  # code of the user runs on import
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{prefix}: module {module_name!r} cannot be imported ({reason}); {way_out}"
+        ) from error
+    if not hasattr(module, attribute):
+        raise UserError(f"{prefix}: module {module_name!r} has no {attribute!r}; {way_out}")
+    return getattr(module, attribute)
+
+
+def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun, report: Report) -> None:
+    from rewards.resolve import resolve
+
+    domains = report.domains
+    if isinstance(cfg, MOPDRun):
+        require(
+            cfg.algorithm.alpha == 0 or bool(cfg.rewards),
+            "algorithm.alpha",
+            cfg.algorithm.alpha,
+            "an outcome advantage needs rewards; give rewards._target_=MODULE.CLASS, or algorithm.alpha=0",
+        )
+    if cfg.rewards or not isinstance(cfg, MOPDRun):
+        resolve(cfg.rewards, domains)
+    for domain, entry in cfg.environments.items():
+        if not isinstance(entry, dict) or "_target_" not in entry:
+            raise UserError(
+                f"environments.{domain}={entry!r}: no _target_; give environments.{domain}._target_=MODULE.CLASS"
+            )
+        find_target(f"environments.{domain}", entry["_target_"])
+        if domain not in domains and not (isinstance(cfg, RLRun) and cfg.domain):
+            raise UserError(
+                f"environments.{domain}: no prompt belongs to domain {domain!r}; there are {', '.join(domains)}"
+            )
+    require(
+        cfg.rollout.max_turns == 1 or bool(cfg.environments),
+        "rollout.max_turns",
+        cfg.rollout.max_turns,
+        "nothing answers a turn; give environments.DOMAIN._target_=MODULE.CLASS, or rollout.max_turns=1",
+    )
+
+
+def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str, Any]]:
+    paths = {domain: teacher.path for domain, teacher in cfg.teachers.items()}
+    if isinstance(cfg, MOPDRun):
+        return check_files(cfg.model.path, paths, report.num_prompts) if cfg.algorithm.beta != 0 else []
+    for domain in report.num_prompts:
+        require(
+            domain in cfg.teachers,
+            f"teachers.{domain}",
+            None,
+            f"prompts of domain {domain!r} have no teacher; give teachers.{domain}.train=rl (or path=DIR)",
+        )
+        require(
+            domain in report.num_eval_prompts,
+            "data.eval_sources",
+            sorted(report.num_eval_prompts),
+            f"no held-out prompts of domain {domain!r}; the table needs some of every domain",
+        )
+    for domain, teacher in cfg.teachers.items():
+        require(
+            domain in report.num_prompts,
+            f"teachers.{domain}",
+            teacher.path,
+            f"no prompt belongs to domain {domain!r}; there are {', '.join(sorted(report.num_prompts))}",
+        )
+        require(
+            teacher.train is not TeacherTraining.sft
+            or teacher.path is not None
+            or domain in report.num_conversations,
+            f"teachers.{domain}.train",
+            teacher.train.value,
+            f"sft_data has no conversation of domain {domain!r}; use train=rl, or give teachers.{domain}.path=DIR",
+        )
+    given: dict[str, str | None] = {domain: path for domain, path in paths.items() if path is not None}
+    return check_files(cfg.model.path, given, given) if given else []
