@@ -13,7 +13,11 @@ from posttrain.records import Rollout
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores one finished rollout. Instances live in a reward worker process and may keep state there."""
+    """Scores one finished rollout. Instances live in a reward worker process and may keep state there.
+
+    A class may name the fields that its rows must have, `required_fields = ("answer",)` (`"answer|tests"` accepts
+    either); rows without them are then refused, with file and line, before anything starts.
+    """
 
     def score(self, rollout: Rollout) -> tuple[float, dict[str, float]]:
         """Return the reward and named parts of it for the logs.

@@ -16,6 +16,8 @@ class ExactMatch:
     ``ignore_case`` compares case-folded. An answer that is a list accepts each of its members.
     """
 
+    required_fields = ("answer",)
+
     def __init__(self, after: str | None = None, strip: bool = True, ignore_case: bool = False) -> None:
         if after == "":
             raise ValueError("after='': give a non-empty marker, or null for the whole message")

@@ -7,7 +7,7 @@ shown, or the tool called, or the format kept), which is right, and a sloppy way
 |---|---|---|---|
 | math | `347+85=?` | `7+5=12,4+8+1=13,3+1=04:432` | `322`, carries forgotten |
 | code | `cap(rev(nxt("dab")))` | `ebc,cbe:CBE` | `ebc`, stops after the first function |
-| tool | `347 at 46 each?` | `mul(347,46)`, is told `15962`, answers `15962` | a guess |
+| tool | `347 at 46 each?` | `mul(347,46)`, is told `15962`, answers `15962` | `347`, the first number in sight |
 | instruct | `say cab big sep -` | `C-A-B` | `CAB`, separator ignored |
 
 Numbers, words and work have fixed widths within a domain, so that a model of this size finds what to copy by
@@ -170,12 +170,11 @@ def sample_tool(rng: random.Random) -> Task:
     call = f"{name}({first},{second})"
     answer = run_call(call)
     assert answer is not None
-    guess = str(rng.randint(10 ** (len(answer) - 1), 10 ** len(answer) - 1))
     return Task(
         prompt=PHRASES[name].format(first, second),
         answer=answer,
         careful=[*_say(call), {"role": "tool", "content": answer}, *_say(answer)],
-        sloppy=_say(guess),
+        sloppy=_say(str(first)),
         looks_hard=first >= 550,
     )
 
@@ -221,6 +220,8 @@ class WorkReward:
     ``shows_work`` in the breakdown tells how often the policy chooses the careful way.
     """
 
+    required_fields = ("answer",)
+
     def score(self, rollout: Rollout) -> tuple[float, dict[str, float]]:
         """`rewards.base.Reward.score`"""
         work, mark, final = rollout.completion.rpartition(ANSWER_MARK)
@@ -239,6 +240,8 @@ class CodeReward(WorkReward):
 class ToolReward:
     """The last message must be the result, exactly; ``calls`` counts the calls that the environment answered."""
 
+    required_fields = ("answer",)
+
     def score(self, rollout: Rollout) -> tuple[float, dict[str, float]]:
         """`rewards.base.Reward.score`"""
         correct = _exactly(rollout, rollout.completion)
@@ -248,6 +251,8 @@ class ToolReward:
 
 class InstructReward:
     """The formatted word, exactly."""
+
+    required_fields = ("answer",)
 
     def score(self, rollout: Rollout) -> tuple[float, dict[str, float]]:
         """`rewards.base.Reward.score`"""

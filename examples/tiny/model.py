@@ -47,7 +47,7 @@ def _mimo_config(
 ) -> MiMoV2FlashConfig:
     sliding = [0 < layer < num_layers - 1 for layer in range(num_layers)]
     num_heads, num_kv_heads = hidden // HEAD_DIM, hidden // HEAD_DIM // 2
-    theta, rotary = 10_000.0, 0.5
+    theta, rotary = 100.0, 1.0
     rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": rotary}
     config = MiMoV2FlashConfig(
         **_common(hidden, max_positions),

@@ -85,6 +85,7 @@ def load_prompts(
     loader = _Loader(data=data, eval=eval, domain=domain)
     prompts: list[Prompt] = []
     ids: dict[str, str] = {}
+    shown: set[str] = set()
 
     def check(row: Row, source: SourceConfig) -> _Parsed:
         parsed = _parse_row(row.values, source)
@@ -98,7 +99,7 @@ def load_prompts(
         return parsed
 
     def encode(batch: list[_Parsed]) -> list[np.ndarray]:
-        return chat.encode_texts(tokenizer, [_render_prompt(tokenizer, parsed) for parsed in batch])
+        return chat.encode_texts(tokenizer, [_render_prompt(tokenizer, parsed, shown) for parsed in batch])
 
     for name, row, parsed, token_ids in loader.load(check, encode):
         if len(token_ids) > limit:
@@ -124,6 +125,7 @@ def load_conversations(
     """
     loader = _Loader(data=data, eval=False, domain=domain)
     samples: list[TrainingSample] = []
+    shown: set[str] = set()
 
     def check(row: Row, source: SourceConfig) -> _Parsed:
         parsed = _parse_row(row.values, source)
@@ -133,7 +135,9 @@ def load_conversations(
         return parsed
 
     def encode(batch: list[_Parsed]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return chat.mask_texts(tokenizer, [_render_conversation(tokenizer, parsed) for parsed in batch])
+        return chat.mask_texts(
+            tokenizer, [_render_conversation(tokenizer, parsed, shown) for parsed in batch]
+        )
 
     for _, row, parsed, (token_ids, loss_mask) in loader.load(check, encode):
         if len(token_ids) > max_tokens:
@@ -330,17 +334,17 @@ def _content_id(domain: str, messages: list[dict[str, Any]], tools: Any, answer:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _render_prompt(tokenizer: PreTrainedTokenizerBase, parsed: _Parsed) -> str:
+def _render_prompt(tokenizer: PreTrainedTokenizerBase, parsed: _Parsed, shown: set[str]) -> str:
     text = chat.render(tokenizer, parsed.messages, parsed.tools)
-    _check_tools(tokenizer, parsed, text, add_generation_prompt=True)
+    _check_tools(tokenizer, parsed, text, shown, add_generation_prompt=True)
     return text
 
 
 def _render_conversation(
-    tokenizer: PreTrainedTokenizerBase, parsed: _Parsed
-) -> tuple[str, list[tuple[int, int]]]:
+    tokenizer: PreTrainedTokenizerBase, parsed: _Parsed, shown: set[str]
+) -> tuple[str, list[chat.Span]]:
     text, spans = chat.render_with_spans(tokenizer, parsed.messages, parsed.tools)
-    _check_tools(tokenizer, parsed, text, add_generation_prompt=False)
+    _check_tools(tokenizer, parsed, text, shown, add_generation_prompt=False)
     reasoning = (parsed.messages[-1].get("reasoning_content") or "").strip()
     if reasoning not in text:
         raise RowError("reasoning", "the chat template leaves the reasoning out; put it into the content")
@@ -348,10 +352,18 @@ def _render_conversation(
 
 
 def _check_tools(
-    tokenizer: PreTrainedTokenizerBase, parsed: _Parsed, text: str, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    parsed: _Parsed,
+    text: str,
+    shown: set[str],
+    add_generation_prompt: bool,
 ) -> None:
-    if parsed.tools and text == chat.render(tokenizer, parsed.messages, None, add_generation_prompt):
+    """A template that ignores tools would drop them without a word. ``shown``: tool lists that proved to be shown."""
+    if not parsed.tools or (signature := str(parsed.tools)) in shown:
+        return
+    if text == chat.render(tokenizer, parsed.messages, None, add_generation_prompt):
         raise RowError("tools", "the chat template leaves tools out; describe them in a system message")
+    shown.add(signature)
 
 
 def _prompt(name: str, row: Row, parsed: _Parsed, token_ids: np.ndarray) -> Prompt:
