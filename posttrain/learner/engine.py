@@ -1,0 +1,150 @@
+"""Builds the DeepSpeed engine, and reads and clears the gradients that it keeps.
+
+DeepSpeed runs with ``gradient_accumulation_steps = 1``; the learner sets the accumulation boundary itself. Refuses
+settings that would make the numbers depend on the ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import os
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from posttrain.config import Dtype, LearnerConfig, UserError
+from posttrain.learner.monitors.gradients import clear_partitions
+from posttrain.learner.optimizer import build_optimizer
+from posttrain.learner.policy import num_parameters
+
+OWNED_KEYS = ("gradient_clipping", "optimizer", "scheduler", "data_types", "steps_per_print")
+LARGEST_BUCKET = 500_000_000
+
+
+def init_distributed(backend: str, store: dist.Store, rank: int, num_ranks: int) -> None:
+    """Process group over ``store``, known to torch and DeepSpeed."""
+    # On CPU DeepSpeed would compile a shared-memory all-reduce, which takes a minute and a compiler. Gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Every rank sees its own device only, so it is always the first one.
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0"}
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def deepspeed_config(learner: LearnerConfig, num_elements: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets: ours, with the user's ``learner.deepspeed`` block laid over it."""
+    check_config(learner)
+    own: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": learner.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+        "zero_optimization": {
+            "stage": learner.zero_stage,
+            # Buckets are allocated whole: no larger than the model.
+            "reduce_bucket_size": min(LARGEST_BUCKET, max(1_000_000, num_elements)),
+        },
+    }
+    if learner.dtype is Dtype.bfloat16:
+        own["bf16"] = {"enabled": True}
+        own["data_types"] = {"grad_accum_dtype": "fp32"}
+    user = copy.deepcopy(learner.deepspeed)
+    own["zero_optimization"].update(user.pop("zero_optimization", {}))
+    return own | user
+
+
+def check_config(learner: LearnerConfig) -> None:
+    """`UserError` for DeepSpeed options that this learner sets or cannot work with."""
+    for key in OWNED_KEYS:
+        if key in learner.deepspeed:
+            raise UserError(
+                f"learner.deepspeed.{key}={learner.deepspeed[key]!r}: the learner sets this itself; remove the key"
+            )
+    zero = learner.deepspeed.get("zero_optimization", {})
+    if "stage" in zero:
+        raise UserError(
+            f"learner.deepspeed.zero_optimization.stage={zero['stage']!r}: use learner.zero_stage"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if str((zero.get(key) or {}).get("device", "none")) != "none":
+            raise UserError(
+                f"learner.deepspeed.zero_optimization.{key}={zero[key]!r}: gradients that are offloaded cannot be "
+                "checked before the step; use more ranks with learner.zero_stage=3"
+            )
+    if learner.dtype is Dtype.bfloat16 and learner.zero_stage < 2:
+        raise UserError(
+            f"learner.zero_stage={learner.zero_stage}: with learner.dtype=bfloat16 the float32 master weights live in "
+            "the ZeRO optimizer; use learner.zero_stage=2 or 3 (also on one rank)"
+        )
+
+
+def build(module: nn.Module, learner: LearnerConfig) -> Any:
+    """A DeepSpeed engine around ``module`` with a fresh AdamW. The process group must be there."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    optimizer = build_optimizer(module, learner)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config=deepspeed_config(learner, num_parameters(module)),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def destroy(engine: Any) -> None:
+    """Frees weights, optimizer state and hooks of ``engine``; the process group stays."""
+    engine.destroy()
+    gc.collect()
+
+
+def local_gradients(engine: Any) -> list[Tensor]:
+    """Accumulated gradients as this rank holds them, between the last backward and the step.
+
+    Stage 0: whole and equal on every rank. Stages 1 to 3: this rank's partitions, padding (zeros) included.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return [p.grad for p in engine.module.parameters() if p.grad is not None]
+    groups = engine.optimizer.averaged_gradients.values()
+    return [grad for group in groups if group is not None for grad in group if grad is not None]
+
+
+def gradient_norm(engine: Any) -> float:
+    """Global L2 norm of the gradient of the whole batch before clipping; NaN or infinity if any element is."""
+    gradients = local_gradients(engine)
+    device = engine.device
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for gradient in gradients:
+        squares += gradient.detach().float().norm().double() ** 2
+    if engine.zero_optimization_stage() > 0:
+        dist.all_reduce(squares)
+    return float(squares.sqrt())
+
+
+def clear_gradients(engine: Any) -> None:
+    """After every step, or instead of one. ZeRO-3 keeps the partitions of the step before for a parameter that gets no
+    gradient in the next one, and would apply them again."""
+    engine.zero_grad()
+    if engine.zero_optimization_stage() == 0:
+        return
+    optimizer = engine.optimizer
+    optimizer.zero_grad()
+    clear_partitions(engine)
+    if engine.zero_optimization_stage() == 3:
+        optimizer.averaged_gradients = {}
+        return
+    for group in list(optimizer.averaged_gradients):
+        optimizer.averaged_gradients[group] = None
+        optimizer.all_grad_tensors[group] = None
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """For the next step, in every parameter group."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,11 @@
+"""What can go wrong while training, beside `UserError`. Importing this costs nothing."""
+
+from __future__ import annotations
+
+
+class RecordError(ValueError):
+    """A record that cannot be trained on; the message names the sample and the field."""
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient of a step held NaN or infinity. The weights are those from before the step."""

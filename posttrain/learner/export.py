@@ -1,0 +1,174 @@
+"""Weights under Hugging Face checkpoint names: for rollout engines, and as a directory that loads anywhere.
+
+Every rank takes part (ZeRO-3 gathers), rank 0 alone holds the result. Float32 stays float32 for buffers and routers,
+which engines keep in that type; tied weights appear once, as in the source checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from posttrain.config import UserError
+from posttrain.learner.metrics import agree
+from posttrain.learner.model import read_config
+from posttrain.learner.moe.replay import RouterReplay
+from posttrain.records import WeightBundle
+
+GATHER_ELEMENTS = 200_000_000  # parameters gathered at once under ZeRO-3
+SHARD_BYTES = 5_000_000_000
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+)
+
+
+def checkpoint_tensors(
+    model: nn.Module, replay: RouterReplay | None, dtype: torch.dtype
+) -> dict[str, Tensor] | None:
+    """Tensors on the CPU by checkpoint name, matrices in ``dtype``; None on other ranks than 0. A collective.
+
+    Unconverted tensors may share memory with the live weights: use them before the next step.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    exact = {id(p) for router in (replay.routers if replay else []) for p in router.parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for group in _groups(list(model.parameters())):
+        with _gathered(group):
+            if dist.get_rank() == 0:
+                for parameter in group:
+                    target = parameter.dtype if id(parameter) in exact else dtype
+                    state[names[id(parameter)]] = _to_cpu(parameter, target)
+    if dist.get_rank() != 0:
+        return None
+    persistent = model.state_dict(keep_vars=True).keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            state[name] = _to_cpu(buffer, buffer.dtype)
+    converted = revert_weight_conversion(model, state)  # type: ignore[arg-type]
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
+
+
+def _groups(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    group: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        group.append(parameter)
+        size += int(getattr(parameter, "ds_numel", parameter.numel()))
+        if size >= GATHER_ELEMENTS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _gathered(group: list[nn.Parameter]):  # type: ignore[no-untyped-def]  # a context manager of DeepSpeed
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    return GatheredParameters(group, enabled=any(hasattr(p, "ds_id") for p in group))
+
+
+def _to_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy where ZeRO-3 will take the memory back, else the tensor itself if nothing must change."""
+    moved = tensor.detach().to("cpu", dtype)
+    return moved.clone() if hasattr(tensor, "ds_id") and moved.data_ptr() == tensor.data_ptr() else moved
+
+
+def bundle(tensors: dict[str, Tensor], policy_version: int) -> WeightBundle:
+    """Raw bytes of every tensor, for Ray's shared memory."""
+    return WeightBundle(
+        policy_version=policy_version,
+        tensors={name: _bytes(tensor) for name, tensor in tensors.items()},
+        dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+    )
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def save_model(
+    folder: Path, source: Path, model: nn.Module, replay: RouterReplay | None, dtype: torch.dtype
+) -> None:
+    """A Hugging Face directory: weights, the config.json of ``source`` with all its keys, tokenizer, chat template.
+
+    Written beside ``folder`` and renamed at the end, so that ``folder`` is whole or as it was. `UserError` when the
+    disk is full. A collective.
+    """
+    tensors = checkpoint_tensors(model, replay, dtype)
+    error: Exception | None = None
+    if tensors is not None:
+        error = _write(folder, source, tensors, dtype)
+    agree(error)
+
+
+def _write(folder: Path, source: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> Exception | None:
+    aside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:  # the disk is the other side
+        aside.mkdir(parents=True)
+        _copy_source(source, aside, dtype)
+        _write_weights(aside, tensors)
+        _replace(aside, folder)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        return UserError(f"{folder}: the disk is full; free some space and start again") if full else error
+    return None
+
+
+def _copy_source(source: Path, aside: Path, dtype: torch.dtype) -> None:
+    """Everything of the source but its weights; config.json says the type of the new ones."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "config.json":
+            shutil.copyfile(file, aside / file.name)
+    config = read_config(source)
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = str(dtype).removeprefix("torch.")
+    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_weights(aside: Path, tensors: dict[str, Tensor]) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)  # type: ignore[arg-type]
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: tensors[key] for key in keys}, aside / name, metadata={"format": "pt"})
+        _sync(aside / name)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _replace(aside: Path, folder: Path) -> None:
+    former = folder.with_name(f".{folder.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)
+    aside.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,42 @@
+"""AdamW groups and the learning-rate schedule. DeepSpeed gets a finished optimizer and never changes the rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from posttrain.config import LearnerConfig, Schedule
+
+
+def build_optimizer(module: nn.Module, learner: LearnerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; vectors (norms, biases, sinks) are not decayed."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": learner.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    first, second = learner.betas
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=learner.lr,
+        betas=(first, second),
+        eps=learner.eps,
+    )
+
+
+def learning_rate(learner: LearnerConfig, step: int, total_steps: int) -> float:
+    """Rate of ``step`` (1-indexed): ``lr * step / warmup_steps`` while warming up, then the schedule, which ends at
+    ``min_lr_ratio * lr`` on the last of ``total_steps``."""
+    assert step >= 1, "steps are counted from 1"
+    if step <= learner.warmup_steps:
+        return learner.lr * step / learner.warmup_steps
+    progress = min(1.0, (step - learner.warmup_steps) / max(1, total_steps - learner.warmup_steps))
+    if learner.schedule is Schedule.constant:
+        shape = 1.0
+    elif learner.schedule is Schedule.cosine:
+        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        shape = 1.0 - progress
+    return learner.lr * (learner.min_lr_ratio + (1.0 - learner.min_lr_ratio) * shape)

@@ -1,0 +1,381 @@
+"""One DeepSpeed rank: the process that holds (a part of) the policy and trains it. Runs as a Ray actor.
+
+Every public method is a collective that the group calls on all ranks at once. What one rank finds wrong with its
+records is raised on all of them, so that nobody waits in a collective for a rank that gave up.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from posttrain.config import Dtype, LearnerConfig, ModelConfig, Replay, UserError
+from posttrain.learner import checkpoint, engine, export, losses, model
+from posttrain.learner.batching import MicroBatch, MicroBatchRows, RankBatch, collate
+from posttrain.learner.errors import NonFiniteGradientError
+from posttrain.learner.losses import LossInputs
+from posttrain.learner.metrics import Totals, agree
+from posttrain.learner.moe import balance
+from posttrain.learner.moe.replay import RouterReplay
+from posttrain.learner.monitors.num_zeros import NumZeros
+from posttrain.learner.optimizer import learning_rate
+from posttrain.learner.policy import Policy, check_packable, num_parameters
+from posttrain.learner.samples import Expected, fetch
+from posttrain.records import LossSettings, PolicyInfo, SampleRef, TrainingSample, WeightBundle
+
+TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
+MISMATCH_THRESHOLDS = (1.1, 1.25, 2.0)
+
+
+class LearnerWorker:
+    """Holds one engine at a time; `setup` builds the first, `reset` the next one in the same process."""
+
+    def __init__(self, rank: int, num_ranks: int, num_threads: int | None) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.engine: Any = None
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+    # ---- life ----
+
+    def open_store(self) -> tuple[str, int]:
+        """Rank 0 alone: opens the rendezvous on a free port; returns (host, port)."""
+        host = ray.util.get_node_ip_address()
+        self._store = dist.TCPStore(host, 0, self.num_ranks, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def setup(
+        self,
+        address: tuple[str, int],
+        learner: LearnerConfig,
+        model_config: ModelConfig,
+        total_steps: int,
+        seed: int,
+    ) -> PolicyInfo:
+        """Joins the process group and builds the engine. Raises `UserError` for what the user can mend."""
+        if self.rank != 0:
+            self._store = dist.TCPStore(*address, self.num_ranks, is_master=False)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        engine.init_distributed(backend, self._store, self.rank, self.num_ranks)
+        return self.reset(learner, model_config, total_steps, seed)
+
+    def reset(
+        self, learner: LearnerConfig, model_config: ModelConfig, total_steps: int, seed: int
+    ) -> PolicyInfo:
+        """Everything as in a fresh process: weights of ``model_config.path``, empty optimizer, new hyper-parameters.
+
+        The engine is built anew, because a live ZeRO engine keeps copies of the former weights in several places.
+        """
+        if self.engine is not None:
+            former, self.engine = self.engine, None
+            del self.policy, self.replay, self.num_zeros
+            engine.destroy(former)
+            del former
+        self.learner, self.model_config, self.total_steps, self.seed = (
+            learner,
+            model_config,
+            total_steps,
+            seed,
+        )
+        error: Exception | None = None
+        try:  # the checkpoint may be bad on one node only
+            self._load_model()
+        except UserError as raised:
+            error = raised
+        agree(error)
+        self.engine = engine.build(self.policy, learner)
+        self.num_zeros = NumZeros(self.engine)
+        self.trained = False
+        return self.info()
+
+    def _load_model(self) -> None:
+        torch.manual_seed(self.seed + self.rank)
+        engine.check_config(self.learner)
+        self.source = model.resolve(self.model_config)
+        loaded = model.load(self.model_config, self.source, TORCH_DTYPES[self.learner.dtype])
+        if self.learner.pack_tokens > 0:
+            check_packable(loaded)
+        if self.learner.gradient_checkpointing:
+            loaded.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.replay = RouterReplay.attach(loaded)
+        balance.require_expert_bias(self.replay, self.learner.expert_bias_rate)
+        if self.learner.freeze_router and self.replay is not None:
+            balance.freeze_routers(self.replay)
+        self.policy = Policy(loaded, self.learner.logprob_chunk_tokens)
+        self.vocab_size = int(loaded.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+    def info(self) -> PolicyInfo:
+        """The shape of the policy."""
+        replay = self.replay
+        return PolicyInfo(
+            vocab_size=self.vocab_size,
+            num_parameters=num_parameters(self.policy),
+            num_moe_layers=replay.num_layers if replay else 0,
+            num_experts=replay.num_experts if replay else 0,
+            top_k=replay.top_k if replay else 0,
+            num_ranks=self.num_ranks,
+        )
+
+    # ---- training ----
+
+    def train_step(self, batch: RankBatch, loss: LossSettings, step: int, updates: int) -> dict[str, float]:
+        """``updates`` optimizer steps on one batch; metrics of the whole batch, the same on every rank.
+
+        Raises `RecordError` for a bad record and `NonFiniteGradientError`, both before weights change.
+        """
+        replayed = self._replays(loss)
+        micro_batches = self._micro_batches(batch, self._expected(loss, replayed))
+        self.engine.train()
+        old = [self._score(b) for b in micro_batches] if updates > 1 else [None] * len(micro_batches)
+        totals, metrics = Totals(), {}
+        for _ in range(updates):
+            counts = self._accumulate(micro_batches, old, batch, loss, totals)
+            metrics = self._update(step, totals, counts)
+        for micro_batch in micro_batches:
+            totals.add_sum("num_tokens", int(micro_batch.token_mask.sum()))
+            totals.add_sum("num_loss_tokens", len(micro_batch.target_ids))
+        reduced = totals.reduce()
+        for name in ("loss", "aux_loss"):
+            if name in reduced:
+                reduced[name] /= updates
+        return {**reduced, **metrics}
+
+    def _accumulate(
+        self,
+        micro_batches: list[MicroBatch],
+        old: list[Tensor | None],
+        batch: RankBatch,
+        loss: LossSettings,
+        totals: Totals,
+    ) -> Tensor | None:
+        """Forward and backward of all micro-batches. Returns this rank's tokens per expert [L, E], None if dense."""
+        counts: Tensor | None = None
+        last = len(micro_batches) - 1
+        for index, (micro_batch, old_logprobs) in enumerate(zip(micro_batches, old, strict=True)):
+            self.engine.set_gradient_accumulation_boundary(index == last)
+            with self._routing(micro_batch, keep_scores=self._aux_coef(loss) > 0):
+                logprobs = self._forward(micro_batch)
+                inputs = self._loss_inputs(micro_batch, logprobs, old_logprobs, batch.domains)
+                output = losses.compute(inputs, loss)
+                total = output.loss
+                if self._aux_coef(loss) > 0:
+                    auxiliary = self._auxiliary_loss(micro_batch, batch.num_samples)
+                    totals.add_sum("aux_loss", auxiliary.detach())
+                    total = total + auxiliary
+                self.engine.backward(total * self.num_ranks)
+            totals.add_sum("loss", output.loss.detach())
+            for name, (value, count) in output.metrics.items():
+                totals.add_mean(name, value, count)
+            for name, value in output.maxima.items():
+                totals.add_maximum(name, value)
+            if self.replay is not None and self.replay.last is not None:
+                live = self.replay.last
+                counts = live.counts_LE if counts is None else counts + live.counts_LE
+                if micro_batch.routes is not None:
+                    totals.add_mean("replay/coverage", *live.coverage())
+                    totals.add_mean("replay/route_mismatch", *live.route_mismatch())
+        return counts
+
+    def _update(self, step: int, totals: Totals, counts: Tensor | None) -> dict[str, float]:
+        """Checks the gradient, counts its zeros, steps, clears it, moves the expert bias."""
+        norm = engine.gradient_norm(self.engine)
+        if not np.isfinite(norm):
+            engine.clear_gradients(self.engine)
+            raise NonFiniteGradientError(
+                f"step {step}: the gradient holds NaN or infinity; the weights were not changed. "
+                "Lower learner.lr or look for bad records in the batch"
+            )
+        zeros = self.num_zeros.count()
+        rate = learning_rate(self.learner, step, self.total_steps)
+        engine.set_learning_rate(self.engine, rate)
+        self.engine.step()
+        engine.clear_gradients(self.engine)
+        self.trained = True
+        metrics = {"grad_norm": norm, "lr": rate, **zeros}
+        if counts is not None and self.replay is not None:
+            dist.all_reduce(counts)
+            balance.update_expert_bias(self.replay, counts, self.learner.expert_bias_rate)
+            metrics["balance/max_vio"] = float(balance.max_violation(counts).mean())
+        return metrics
+
+    # ---- reading the policy ----
+
+    def logprobs(
+        self, samples: dict[int, TrainingSample], micro_batches: list[MicroBatchRows], replayed: bool
+    ) -> dict[int, np.ndarray]:
+        """Logprobs [T] of this rank's samples by index, entry 0 is 0.0; ``replayed``: under the routes they carry."""
+        expected = self._expected(None, replayed)
+        refs = {
+            index: SampleRef(source_ref=samples, index=index, num_tokens=len(sample.token_ids), weight=0.0)
+            for index, sample in samples.items()
+        }
+        batch = RankBatch(refs=refs, micro_batches=micro_batches, domains=[""], num_samples=len(samples))
+        scored: dict[int, np.ndarray] = {}
+        for micro_batch in self._micro_batches(batch, expected):
+            values = self._score(micro_batch).cpu().numpy()
+            for index in np.unique(micro_batch.sequence_ids):
+                own = values[micro_batch.sequence_ids == index]
+                scored[int(index)] = np.concatenate([np.zeros(1, np.float32), own])
+        return {**{index: np.zeros(1, np.float32) for index in samples}, **scored}
+
+    def mismatch(self, batch: RankBatch) -> dict[str, float]:
+        """Distance of the policy to what the rollout engine reported, with recorded routes and (``_without``) live ones.
+
+        k3, f1.1, f1.25, f2 over loss tokens; MoE models add route_mismatch and coverage.
+        """
+        settings = LossSettings(kind="policy_gradient", beta=0.0, alpha=0.0)
+        totals = Totals()
+        for micro_batch in self._micro_batches(batch, self._expected(settings, self.replay is not None)):
+            self._add_mismatch(totals, micro_batch, "")
+            if self.replay is not None and self.replay.last is not None:
+                totals.add_mean("coverage", *self.replay.last.coverage())
+                totals.add_mean("route_mismatch", *self.replay.last.route_mismatch())
+            self._add_mismatch(totals, replace(micro_batch, routes=None), "_without")
+        return totals.reduce()
+
+    def _add_mismatch(self, totals: Totals, micro_batch: MicroBatch, suffix: str) -> None:
+        assert micro_batch.rollout_logprobs is not None
+        x = self._score(micro_batch).cpu().numpy().astype(np.float64) - micro_batch.rollout_logprobs
+        totals.add_mean(f"k3{suffix}", (np.expm1(x) - x).sum(), len(x))
+        for threshold in MISMATCH_THRESHOLDS:
+            totals.add_mean(f"f{threshold:g}{suffix}", (np.abs(x) > np.log(threshold)).sum(), len(x))
+
+    def export_weights(self, policy_version: int, dtype: Dtype) -> WeightBundle | None:
+        """All weights under checkpoint names; None on other ranks than 0."""
+        tensors = export.checkpoint_tensors(self.policy.model, self.replay, TORCH_DTYPES[dtype])
+        return None if tensors is None else export.bundle(tensors, policy_version)
+
+    def save_model(self, folder: Path) -> None:
+        """Hugging Face directory; see `export.save_model`."""
+        dtype = TORCH_DTYPES[self.learner.dtype]
+        export.save_model(folder, self.source, self.policy.model, self.replay, dtype)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Training state; see `checkpoint.save`."""
+        checkpoint.save(folder, self.engine, self.learner)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Training state back; see `checkpoint.load`."""
+        checkpoint.check(folder, self.policy, self.learner)
+        if self.trained:  # DeepSpeed loads into an engine that has not trained yet
+            self.reset(self.learner, self.model_config, self.total_steps, self.seed)
+        checkpoint.load(folder, self.engine)
+        self.trained = True
+
+    # ---- parts ----
+
+    def _replays(self, loss: LossSettings) -> bool:
+        return self.replay is not None and loss.kind != "sft" and self.learner.routing_replay is Replay.auto
+
+    def _routes_shape(self) -> tuple[int, int]:
+        assert self.replay is not None
+        return self.replay.num_layers, self.replay.top_k
+
+    def _expected(self, loss: LossSettings | None, replayed: bool) -> Expected:
+        return Expected(
+            vocab_size=self.vocab_size,
+            routes_shape=self._routes_shape() if replayed else None,
+            num_experts=self.replay.num_experts if self.replay is not None else 0,
+            rollout_logprobs=loss is not None and loss.kind != "sft",
+            teacher_logprobs=loss is not None and loss.kind != "sft" and loss.beta != 0,
+        )
+
+    def _micro_batches(self, batch: RankBatch, expected: Expected) -> list[MicroBatch]:
+        error: Exception | None = None
+        made: list[MicroBatch] = []
+        try:  # records come from other processes
+            samples = fetch(batch.refs, _get, expected)
+            made = [
+                collate(
+                    samples,
+                    rows,
+                    batch.domains,
+                    routes_shape=expected.routes_shape,
+                    packed=self.learner.pack_tokens > 0,
+                )
+                for rows in batch.micro_batches
+            ]
+        except Exception as raised:
+            error = raised
+        agree(error)
+        return made
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _routing(self, micro_batch: MicroBatch, keep_scores: bool = False) -> Any:
+        """The block in which forward and backward of one micro-batch run."""
+        if self.replay is None:
+            return nullcontext()
+        return self.replay.routes(
+            None if micro_batch.routes is None else self._tensor(micro_batch.routes),
+            token_mask_BT=self._tensor(micro_batch.token_mask),
+            expected_mask_BT=self._tensor(micro_batch.expected_mask),
+            keep_scores=keep_scores,
+        )
+
+    def _forward(self, micro_batch: MicroBatch) -> Tensor:
+        return self.engine(
+            self._tensor(micro_batch.input_ids),
+            self._tensor(micro_batch.position_ids),
+            self._tensor(micro_batch.target_positions),
+            self._tensor(micro_batch.target_ids),
+        )
+
+    def _score(self, micro_batch: MicroBatch) -> Tensor:
+        """Logprobs [N] without gradient, under the routes of the micro-batch."""
+        self.engine.eval()
+        with torch.no_grad(), self._routing(micro_batch):
+            logprobs = self._forward(micro_batch)
+        self.engine.train()
+        return logprobs
+
+    def _loss_inputs(
+        self, micro_batch: MicroBatch, logprobs: Tensor, old_logprobs: Tensor | None, domains: list[str]
+    ) -> LossInputs:
+        def stream(array: np.ndarray | None) -> Tensor | None:
+            return None if array is None else self._tensor(array)
+
+        return LossInputs(
+            policy_logprobs=logprobs,
+            weights=self._tensor(micro_batch.weights),
+            domain_ids=self._tensor(micro_batch.domain_ids),
+            domains=domains,
+            rollout_logprobs=stream(micro_batch.rollout_logprobs),
+            old_logprobs=logprobs.detach() if old_logprobs is None else old_logprobs,
+            teacher_logprobs=stream(micro_batch.teacher_logprobs),
+            orm_advantages=stream(micro_batch.orm_advantages),
+            policy_versions=stream(micro_batch.policy_versions),
+            sequence_ids=self._tensor(micro_batch.sequence_ids),
+        )
+
+    def _aux_coef(self, loss: LossSettings) -> float:
+        return self.learner.aux_loss_coef if loss.kind == "sft" and self.replay is not None else 0.0
+
+    def _auxiliary_loss(self, micro_batch: MicroBatch, num_samples: int) -> Tensor:
+        assert self.replay is not None and self.replay.last is not None
+        return balance.sequence_auxiliary_loss(
+            self.replay.last,
+            self._tensor(micro_batch.document_ids),
+            num_samples,
+            self.learner.aux_loss_coef,
+        )
+
+
+def _get(references: list[Any]) -> list[Any]:
+    """``ray.get`` of object references at once; values that came along inside the batch are taken as they are."""
+    remote = [r for r in references if isinstance(r, ray.ObjectRef)]
+    values = iter(ray.get(remote))
+    return [next(values) if isinstance(r, ray.ObjectRef) else r for r in references]
