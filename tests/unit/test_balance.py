@@ -1,0 +1,171 @@
+"""Expert bias, sequence auxiliary loss, MaxVio and frozen routers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain.config import UserError
+from posttrain.learner.moe.balance import (
+    freeze_routers,
+    max_violation,
+    require_expert_bias,
+    sequence_auxiliary_loss,
+    update_expert_bias,
+)
+from posttrain.learner.moe.replay import LiveRouting, RouterReplay
+from tests.unit.moe_families import FAMILIES, NUM_EXPERTS, TOP_K
+
+
+def attach(name: str) -> tuple[torch.nn.Module, RouterReplay]:
+    model = FAMILIES[name].build()
+    replay = RouterReplay.attach(model)
+    assert replay is not None
+    return model, replay
+
+
+def live(scores: list[Tensor], indices: list[Tensor]) -> LiveRouting:
+    zero = torch.zeros(())
+    return LiveRouting(
+        counts_LE=zero,
+        mismatched_L=zero,
+        replayed_L=zero,
+        num_tokens=zero,
+        num_expected=zero,
+        scores=[*scores],
+        indices=[*indices],
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.has_bias])
+def test_bias_moves_towards_the_idle_experts(name: str) -> None:
+    _, replay = attach(name)
+    before = [router.correction_bias().clone().flatten() for router in replay.routers]  # type: ignore[union-attr]
+    counts = torch.tensor([9.0, 1, 4, 4, 4, 4, 2, 4]).expand(replay.num_layers, -1).double()
+    update_expert_bias(replay, counts, 0.01)
+    step = torch.tensor([-0.01, 0.01, 0, 0, 0, 0, 0.01, 0])
+    for router, old in zip(replay.routers, before, strict=True):
+        bias = router.correction_bias()
+        assert bias is not None
+        torch.testing.assert_close(bias.flatten(), old + step, rtol=0, atol=1e-7)
+
+
+def test_a_small_rate_is_not_lost_in_a_bfloat16_model() -> None:
+    model, replay = attach("mimo_v2_flash")
+    model.bfloat16()
+    bias = replay.routers[0].correction_bias()
+    assert bias is not None
+    bias.fill_(0.5)
+    for _ in range(10):
+        update_expert_bias(replay, torch.arange(NUM_EXPERTS).double().expand(replay.num_layers, -1), 1e-4)
+    assert float(bias[0]) == pytest.approx(0.501, abs=1e-6)
+
+
+def test_bias_changes_the_selection_not_the_gates() -> None:
+    model, replay = attach("mimo_v2_flash")
+    for router in replay.routers:
+        router.correction_bias()[3] = 100.0  # type: ignore[index]
+    with replay.routes(None):
+        model(torch.randint(3, 64, (1, 9)))
+    assert replay.last is not None
+    assert (replay.last.counts_LE[:, 3] == 9).all()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_model_without_expert_bias_is_refused(name: str) -> None:
+    _, replay = attach(name)
+    with pytest.raises(UserError, match=r"learner\.expert_bias_rate=0\.001"):
+        update_expert_bias(replay, torch.ones(replay.num_layers, NUM_EXPERTS), 0.001)
+    with pytest.raises(UserError, match=r"learner\.expert_bias_rate"):
+        require_expert_bias(None, 0.001)
+    require_expert_bias(replay, 0.0)
+
+
+def test_auxiliary_loss_by_hand() -> None:
+    """Two sequences packed in one row, three experts, top-1, one padding token."""
+    scores = torch.tensor(
+        [[0.6, 0.3, 0.1], [0.2, 0.6, 0.2], [1.0, 0.5, 0.5], [9.0, 9.0, 9.0]], requires_grad=True
+    )
+    indices = torch.tensor([[0], [1], [0], [2]])
+    ids = torch.tensor([[0, 0, 1, -1]])
+    # sequence 0: f = 3/(1*2) * [1, 1, 0], P = [.4, .45, .15]; sequence 1: f = 3 * [1, 0, 0], P = [.5, .25, .25]
+    expected = 0.1 / 2 * (1.5 * 0.4 + 1.5 * 0.45 + 3 * 0.5)
+    loss = sequence_auxiliary_loss(live([scores], [indices]), ids, num_sequences=2, coefficient=0.1)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    assert scores.grad is not None
+    assert (scores.grad[3] == 0).all()
+    assert (scores.grad[:3] != 0).any()
+
+
+def test_auxiliary_loss_is_the_same_packed_or_apart() -> None:
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.rand(10, NUM_EXPERTS, generator=generator).requires_grad_()
+    indices = scores.topk(TOP_K).indices
+    packed = sequence_auxiliary_loss(live([scores], [indices]), torch.tensor([[0] * 4 + [1] * 6]), 2, 0.3)
+    apart = sum(
+        sequence_auxiliary_loss(
+            live([scores[part]], [indices[part]]), torch.zeros(1, n, dtype=torch.int64), 2, 0.3
+        )
+        for part, n in ((slice(0, 4), 4), (slice(4, 10), 6))
+    )
+    torch.testing.assert_close(packed, apart)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_auxiliary_loss_reaches_every_router(name: str) -> None:
+    model, replay = attach(name)
+    ids = torch.tensor([[0] * 5 + [-1] * 2, [1] * 7])
+    with replay.routes(None, token_mask_BT=ids >= 0, keep_scores=True):
+        model(torch.randint(3, 64, (2, 7)))
+        assert replay.last is not None
+        loss = sequence_auxiliary_loss(replay.last, ids, 2, 1.0)
+        loss.backward()
+    # A perfectly even router gives 1 per sequence and layer; no distribution gives less than 0 or more than E.
+    assert 0 < loss.item() < NUM_EXPERTS * replay.num_layers
+    for router in replay.routers:
+        assert any(p.grad is not None and (p.grad != 0).any() for p in router.parameters())
+    assert replay.last.scores == []  # nothing keeps the graph alive
+
+
+def test_auxiliary_loss_under_non_reentrant_checkpointing() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model, replay = attach("mimo_v2_flash")
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with replay.routes(None, keep_scores=True):
+            model(torch.arange(3, 17).view(2, 7), use_cache=False)
+            assert replay.last is not None
+            sequence_auxiliary_loss(replay.last, torch.tensor([[0] * 7, [1] * 7]), 2, 1.0).backward()
+        grads.append([p.grad for p in replay.routers[0].parameters()])
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_auxiliary_loss_refuses_reentrant_checkpointing() -> None:
+    model, replay = attach("mimo_v2_flash")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with replay.routes(None, keep_scores=True):
+        model(torch.arange(3, 17).view(2, 7), use_cache=False)
+        assert replay.last is not None
+        with pytest.raises(UserError, match="reentrant"):
+            sequence_auxiliary_loss(replay.last, torch.zeros(2, 7, dtype=torch.int64), 1, 1.0)
+
+
+def test_max_violation() -> None:
+    counts = torch.tensor([[4.0, 4, 4, 4], [16, 0, 0, 0], [0, 0, 0, 0], [6, 4, 4, 2]])
+    assert max_violation(counts).tolist() == [0.0, 3.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["mimo_v2_flash", "gpt_oss", "jamba"])
+def test_frozen_routers_get_no_gradient_and_experts_do(name: str) -> None:
+    model, replay = attach(name)
+    freeze_routers(replay)
+    model(torch.randint(3, 64, (2, 7))).logits.square().mean().backward()
+    for router in replay.routers:
+        assert all(p.grad is None for p in router.parameters())
+        assert all(p.grad is not None for p in router.block.experts.parameters())
