@@ -22,24 +22,27 @@ MAX_RESTARTS = 3  # of one worker, and of one scoring call
 class TeacherPool:
     """Start with `TeacherPool.start`; needs an initialised Ray."""
 
-    def __init__(self, workers: list[Any]) -> None:
-        self._workers = workers
+    def __init__(self, cfg: TeacherWorkerConfig, model: ModelConfig) -> None:
+        self._cfg = cfg
+        self._model = model
+        self._workers: list[Any] = []
+        self._pending: list[list[ray.ObjectRef]] = []  # open calls of each worker
         self._names: dict[str, str] = {}  # domain -> path as the user gave it
         self._keys: dict[str, str] = {}  # domain -> fingerprint
         self._folders: dict[str, str] = {}  # fingerprint -> folder that is loaded
         self._places: dict[str, list[int]] = {}  # fingerprint -> workers that hold it
-        self._pending: list[list[ray.ObjectRef]] = [[] for _ in workers]
 
     @classmethod
     def start(cls, cfg: TeacherWorkerConfig, model: ModelConfig) -> TeacherPool:
-        """Start the workers; they come up in the background and hold nothing until `set_teachers`."""
-        num_gpus = cfg.num_gpus_per_worker
-        if num_gpus is None:
-            num_gpus = 1.0 if ray.available_resources().get("GPU", 0.0) >= cfg.num_workers else 0.0
-        actor = ray.remote(TeacherWorker).options(
-            num_cpus=0, num_gpus=num_gpus, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS
-        )
-        return cls([actor.remote(cfg, model) for _ in range(cfg.num_workers)])
+        """Start the workers; they come up in the background and hold nothing until `set_teachers`.
+
+        Where there are GPUs and the config does not say how many teachers get, the workers start with the first
+        `set_teachers` instead: what is to spare is only known once learner and rollout workers have theirs.
+        """
+        pool = cls(cfg, model)
+        if cfg.num_gpus_per_worker is not None or ray.cluster_resources().get("GPU", 0.0) == 0:
+            pool._start_workers(cfg.num_gpus_per_worker or 0.0)
+        return pool
 
     def set_teachers(self, teachers: dict[str, str]) -> list[dict[str, Any]]:
         """Make ``teachers`` (domain -> checkpoint directory) the teachers, loading new ones and freeing former ones.
@@ -47,6 +50,9 @@ class TeacherPool:
         Waits until all are loaded. Returns one row per worker for the events of the run. Raises `UserError` for
         checkpoints that are not there or damaged.
         """
+        if not self._workers:
+            spare = ray.available_resources().get("GPU", 0.0) >= self._cfg.num_workers
+            self._start_workers(1.0 if spare else 0.0)
         keys = {domain: fingerprint(path, f"teachers.{domain}.path") for domain, path in teachers.items()}
         folders: dict[str, str] = {}
         for domain, path in teachers.items():
@@ -91,6 +97,13 @@ class TeacherPool:
         for worker in self._workers:
             ray.kill(worker)
         self._workers, self._pending = [], []
+
+    def _start_workers(self, num_gpus: float) -> None:
+        actor = ray.remote(TeacherWorker).options(
+            num_cpus=0, num_gpus=num_gpus, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS
+        )
+        self._workers = [actor.remote(self._cfg, self._model) for _ in range(self._cfg.num_workers)]
+        self._pending = [[] for _ in self._workers]
 
     def _num_pending(self, index: int) -> int:
         refs = self._pending[index]

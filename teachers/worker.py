@@ -31,6 +31,8 @@ class TeacherWorker:
     def __init__(self, cfg: TeacherWorkerConfig, model: ModelConfig) -> None:
         import torch
 
+        import teachers.scorer  # noqa: F401  Transformers takes seconds to import; here nobody waits for it
+
         torch.set_num_threads(cfg.cores_per_worker or len(os.sched_getaffinity(0)))
         self.cfg = cfg
         self.model = model
