@@ -156,10 +156,7 @@ def test_wandb_offline(
     segments = sorted((folder / "wandb").glob("offline-run-*"))
     assert len(segments) == 2
     for segment in segments:
-        assert (
-            segment.name.rstrip("-1234567890").endswith(run_id.rstrip("-1234567890"))
-            and run_id in segment.name
-        )
+        assert run_id in segment.name
         assert (segment / f"run-{run_id}.wandb").stat().st_size > 0
     written = b"".join((segment / f"run-{run_id}.wandb").read_bytes() for segment in segments)
     assert b"loss" in written and b"tiny" in written
