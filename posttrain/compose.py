@@ -88,7 +88,7 @@ def merge(
 def to_object(command: str, config: DictConfig) -> RunConfig:
     """The dataclass of a merged config. Raises `UserError` for missing keys and values that a schema refuses."""
     schema = RUNS[command]
-    for key in sorted(OmegaConf.missing_keys(config)):
+    for key in _missing(config):
         raise UserError(f"{key} is missing: give {key}=VALUE ({_doc(schema, key)})")
     for prefix in [name for name in config if name in ("sft", "rl", "mopd")]:
         _to_object(config[prefix], prefix=f"{prefix}.")  # names the stage in the message
@@ -104,6 +104,13 @@ def available_groups(search_dir: str | None = None) -> dict[str, list[str]]:
         for file in sorted(root.glob("*/*.yaml")):
             groups.setdefault(file.parent.name, []).append(file.stem)
     return groups
+
+
+def _missing(config: DictConfig) -> list[str]:
+    try:  # interpolations of the user
+        return sorted(OmegaConf.missing_keys(config))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def _to_object(node: Any, prefix: str = "") -> Any:
@@ -152,9 +159,7 @@ def _group_text(command: str, override: Override, groups: dict[str, list[str]]) 
 
 
 def _compose_groups(command: str, groups: list[str], search_dir: str | None) -> DictConfig:
-    store = ConfigStore.instance()
-    for name, schema in RUNS.items():
-        store.store(name=f"{name}_schema", node=schema)
+    ConfigStore.instance().store(name=f"{command}_schema", node=RUNS[command])
     search = [f'hydra.searchpath=["file://{Path(search_dir).resolve()}"]'] if search_dir else []
     try:  # YAML files of the user
         with initialize_config_dir(config_dir=str(config_dir()), version_base=None):
@@ -249,7 +254,7 @@ def _leaves(tree: Tree, schema: type, path: list[str]) -> Iterator[tuple[list[st
     for name, value in tree.items():
         here = [*path, str(name)]
         annotation = lookup(schema, here)
-        if isinstance(value, dict) and value and annotation is not Any and annotation is not None:
+        if isinstance(value, dict) and value and annotation is not Any:
             yield from _leaves(value, schema, here)
         else:
             yield here, value

@@ -198,6 +198,7 @@ class LearnerConfig:
     warmup_steps: int = 10
     """Linear warm-up from 0."""
     weight_decay: float = 0.0
+    """AdamW weight decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW betas."""
     eps: float = 1e-8
@@ -383,7 +384,9 @@ class TrackingConfig:
     wandb: WandbMode = WandbMode.offline
     """offline needs no account; `wandb sync` uploads later."""
     project: str = "posttrain"
+    """wandb project."""
     entity: str | None = None
+    """wandb user or team; null: the account's default."""
     console: bool = True
     """Live progress display."""
     rollout_samples: int = 8
@@ -411,7 +414,9 @@ class RunConfig:
     name: str = MISSING
     """Folder of the run under runs_dir."""
     runs_dir: str = "runs"
+    """Where run folders go."""
     seed: int = 0
+    """Seed of data order, sampling and everything else that is random."""
     fresh: bool = False
     """Start over: the folder's former content is moved to `<name>.old-<time>`. Default is to resume."""
     dry_run: bool = False
@@ -494,7 +499,9 @@ class PipelineRun(RunConfig):
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     teacher_workers: TeacherWorkerConfig = field(default_factory=TeacherWorkerConfig)
     rewards: dict[str, Any] = field(default_factory=dict)
+    """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
     environments: dict[str, Any] = field(default_factory=dict)
+    """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
@@ -505,7 +512,9 @@ class EvalRun(RunConfig):
     name: str = "eval"
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: dict[str, Any] = field(default_factory=dict)
+    """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
     environments: dict[str, Any] = field(default_factory=dict)
+    """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 

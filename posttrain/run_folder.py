@@ -170,6 +170,10 @@ class RunFolder:
                     f"{key}={_value(cfg, key)!r}: its weights changed since this run began in {self.path};"
                     " choose another name=, or start over with fresh=true"
                 )
+        if former is not None and (changed := _changes(self.path, cfg)):
+            print(
+                f"{self.path}: settings changed since it was last started: {', '.join(changed)}", flush=True
+            )
         now = manifest.build(command_of(cfg), cfg.seed, fingerprints)
         text = f"# posttrain {command_of(cfg)} --config {self.path / 'config.yaml'}\n" + _yaml(cfg)
         disk.write_atomic(self.path / "config.yaml", text)
@@ -280,6 +284,23 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
         if key in now and _identity(now[key]) != _identity(former.get(key)):
             where, old, new = _first_difference(key, _identity(former.get(key)), _identity(now[key]))
             raise UserError(f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}; {way_out}")
+
+
+def _changes(path: Path, cfg: RunConfig) -> list[str]:
+    """What differs from the config.yaml of the former start: `learner.lr 1e-06 -> 1e-05`."""
+    former = _flat(yaml.safe_load((path / "config.yaml").read_text()))
+    now = _flat(plain(cfg) | {"fresh": False})
+    keys = [key for key in {**former, **now} if former.get(key) != now.get(key)]
+    return [f"{key} {former.get(key)} -> {now.get(key)}" for key in keys]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix[:-1]: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
 
 
 def _identity(section: Any) -> Any:

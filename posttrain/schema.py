@@ -150,7 +150,7 @@ def docs(schema: type) -> dict[str, str]:
                 and isinstance(below.value.value, str)
             ):
                 text = " ".join(below.value.value.split())
-            found[statement.target.id] = text
+            found[statement.target.id] = text or found.get(statement.target.id, "")
     return found
 
 

@@ -1,0 +1,227 @@
+"""Composition of the configuration: every file under conf/, overrides of every kind, one clear line per mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from omegaconf import MISSING, OmegaConf
+
+from posttrain.compose import available_groups, command_groups, compose, config_dir, merge
+from posttrain.config import RUNS, Correction, Dtype, RunConfig, UserError
+from posttrain.schema import lookup, walk
+
+MODEL = "model.path=/m"
+PACKAGED = {  # group files that describe one section, and the command to try them with
+    "algorithm": ("rl", "algorithm"),
+    "learner": ("sft", "learner"),
+    "tracking": ("sft", "tracking"),
+}
+
+
+def build(command: str, *overrides: str, **kwargs) -> RunConfig:
+    return compose(command, [MODEL, *overrides], **kwargs)[1]
+
+
+def message(command: str, *overrides: str, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        build(command, *overrides, **kwargs)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_primary_config_equals_the_schema(command):
+    _, cfg = compose(command, [MODEL])
+    assert type(cfg) is RUNS[command]
+    defaults = RUNS[command]()
+    defaults.model.path = "/m"
+    assert cfg == defaults
+
+
+def test_every_file_under_conf_composes():
+    seen = set()
+    for group, options in available_groups().items():
+        for option in options:
+            if group == "experiment":
+                cfg = build("pipeline", f"experiment={option}")
+            else:
+                command, place = PACKAGED[group]
+                cfg = build(command, f"{group}={option}")
+                assert getattr(cfg, place) != getattr(RUNS[command](), place), (
+                    "an option that changes nothing"
+                )
+            assert isinstance(cfg, RunConfig)
+            seen.add(f"{group}/{option}.yaml")
+    files = {str(p.relative_to(config_dir())) for p in config_dir().rglob("*.yaml")}
+    assert files == seen | {f"{command}.yaml" for command in RUNS}
+
+
+def test_groups_of_the_pipeline_reach_their_stage():
+    cfg = build("pipeline", "algorithm@rl.algorithm=dapo", "learner@mopd.learner=zero3")
+    assert cfg.rl.algorithm.drop_equal_groups and cfg.mopd.learner.zero_stage == 3
+    assert cfg.sft.learner.zero_stage == 0
+    assert "algorithm@rl.algorithm" in command_groups("pipeline")
+    assert "has no such group" in message("pipeline", "algorithm=dapo")
+
+
+def test_experiment_with_and_without_plus():
+    assert build("pipeline", "experiment=tiny") == build("pipeline", "+experiment=tiny")
+    assert build("pipeline", "experiment=tiny").name == "tiny"
+
+
+def test_mappings_take_new_names_without_plus():
+    cfg = build(
+        "mopd",
+        "teachers.math.path=/t",
+        "teachers.math.steps=3",
+        "data.sources.math.path=f.jsonl",
+        "data.sources.math.weight=2",
+        "rewards._target_=my_module.MyReward",
+        "rewards.tolerance=0.1",
+        "environments.tool._target_=my_module.MyTool",
+        "rollout.vllm.enforce_eager=true",
+        "learner.deepspeed.zero_optimization.overlap_comm=false",
+        "algorithm.target_shares.math=0.5",
+    )
+    assert cfg.teachers["math"].path == "/t" and cfg.teachers["math"].steps == 3
+    assert cfg.data.sources["math"].weight == 2.0
+    assert cfg.rewards == {"_target_": "my_module.MyReward", "tolerance": 0.1}
+    assert cfg.environments["tool"] == {"_target_": "my_module.MyTool"}
+    assert cfg.rollout.vllm == {"enforce_eager": True}
+    assert cfg.learner.deepspeed == {"zero_optimization": {"overlap_comm": False}}
+    assert cfg.algorithm.target_shares == {"math": 0.5}
+
+
+def test_values_of_every_kind():
+    cfg = build("rl", "learner.lr=3e-4", "learner.dtype=bfloat16", "learner.betas=[0.8,0.9]", "domain=null")
+    assert (cfg.learner.lr, cfg.learner.dtype, cfg.learner.betas) == (3e-4, Dtype.bfloat16, [0.8, 0.9])
+    assert build("rl", "algorithm.correction=off").algorithm.correction is Correction.off
+    assert build("rl", 'model.path="a b=c(1)"').model.path == "a b=c(1)"
+
+
+def test_later_wins_and_an_entry_can_be_removed():
+    assert build("rl", "seed=1", "seed=2").seed == 2
+    cfg = build("pipeline", "experiment=tiny", "~teachers.tool")
+    assert set(cfg.teachers) == {"math", "code", "instruct"}
+    assert "can be removed" in message("pipeline", "~teachers")
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "expected"),
+    [
+        (
+            "mopd",
+            "teachers.math.pth=x",
+            "teachers.math.pth='x': no such key; did you mean teachers.math.path?",
+        ),
+        ("rl", "learner.lrr=1", "learner.lrr=1: no such key; did you mean learner.lr?"),
+        ("rl", "+learnr.lr=1", "learnr.lr=1: no such key; did you mean learner.lr?"),
+        ("rl", "lr=1", "lr=1: no such key; did you mean learner.lr?"),
+        ("rl", "++typo=1", "typo=1: no such key"),
+        ("rl", "learner.lr.x=1", "learner.lr.x=1: no such key; learner.lr is a single value"),
+        ("rl", "learner.lr=abc", "learner.lr=abc: a number is needed"),
+        ("rl", "learner.warmup_steps=1.5", "learner.warmup_steps=1.5: a whole number is needed"),
+        ("rl", "fresh=maybe", "fresh=maybe: true or false is needed"),
+        ("rl", "learner.dtype=fp32", "learner.dtype=fp32: choose float32 or bfloat16"),
+        ("rl", "learner.betas=1", "learner.betas=1: a list such as"),
+        ("rl", "learner=3", "learner=3: this is a section"),
+        ("mopd", "teachers=3", "teachers=3: a mapping"),
+        ("rl", "seed=1,2", "seed=1,2: several values"),
+        ("rl", "hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings"),
+        ("rl", "seed", "seed: cannot be read; an override is key=value"),
+        ("rl", "model.path=a(1)", "model.path=a(1): cannot be read; quote the value"),
+        ("pipeline", "experiment=tny", "experiment=tny: no such option; did you mean tiny?"),
+        ("rl", "learner.zero_stage=4", "learner.zero_stage=4: choose 0, 1, 2 or 3"),
+        ("rl", "rollout.temperature=0.7", "rollout.temperature=0.7: training rollouts"),
+        ("rl", "algorithm.group_size=1", "algorithm.group_size=1: an outcome advantage"),
+        ("rl", "learner.deepspeed.bf16.enabled=true", "learner.deepspeed.bf16="),
+        ("pipeline", "rl.algorithm.group_size=1", "rl.algorithm.group_size=1: an outcome advantage"),
+        ("sft", "data.sources.a.weight=1", "data.sources.a.path is missing: give data.sources.a.path="),
+        ("sft", "name=${nowhere}", "name: "),
+    ],
+)
+def test_one_line_names_key_value_and_way_out(command, override, expected):
+    assert message(command, override).startswith(expected)
+
+
+def test_missing_model_path():
+    with pytest.raises(UserError, match=r"^model\.path is missing: give model\.path=VALUE"):
+        compose("sft", [])
+    assert OmegaConf.missing_keys(merge("sft", [])) == {
+        "model.path"
+    }  # and `--cfg job` can still show the rest
+
+
+def test_user_file_lies_between_defaults_and_command_line(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("defaults: [{learner: zero3}]\nlearner: {lr: 1.0e-3, warmup_steps: 3}\nseed: 7\n")
+    cfg = build("rl", "learner.warmup_steps=5", config_file=str(file))
+    assert (cfg.learner.zero_stage, cfg.learner.lr, cfg.learner.warmup_steps, cfg.seed) == (3, 1e-3, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learner: {lrr: 1}", "learner.lrr=1: no such key; did you mean learner.lr?"),
+        ("learner: {lr: abc}", "learner.lr=abc: a number is needed"),
+        (
+            "learner: {routing_replay: off}",
+            'choose auto or off (YAML reads a bare on/off as true/false: write "off"',
+        ),
+        ("learner: [", "not valid YAML"),
+        ("- a", "a mapping of keys is needed"),
+        ("defaults: [tiny]", "give `- group: option`"),
+    ],
+)
+def test_mistakes_in_the_user_file_name_the_file(tmp_path, text, expected):
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    found = message("rl", config_file=str(file))
+    assert str(file) in found and expected in found
+
+
+def test_user_folder_of_groups(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 5\n")
+    (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\nlearner: {lrr: 5}\n")
+    assert build("rl", "experiment=mine", search_dir=str(tmp_path)).seed == 5
+    found = message("rl", "experiment=typo", search_dir=str(tmp_path))
+    assert found == "experiment=typo: learner.lrr: no such key; did you mean learner.lr?"
+    assert "no such folder" in message("rl", search_dir=str(tmp_path / "nowhere"))
+    assert "no such file" in message("rl", config_file=str(tmp_path / "nowhere.yaml"))
+
+
+def test_an_experiment_of_another_command_is_refused():
+    assert message("sft", "experiment=tiny").startswith("experiment=tiny: ")
+
+
+def test_walk_lists_every_leaf_once():
+    keys = [key.name for key in walk(RUNS["mopd"])]
+    assert len(keys) == len(set(keys))
+    assert {"model.path", "learner.lr", "teachers.<name>.path", "rollout.vllm"} <= set(keys)
+    for key in walk(RUNS["mopd"]):
+        assert lookup(RUNS["mopd"], key.name.split(".")) is not None
+    by_name = {key.name: key for key in walk(RUNS["mopd"])}
+    assert by_name["model.path"].default == MISSING
+    assert by_name["algorithm.beta"].default == 1.0  # the command's own default, not the class's
+    assert by_name["learner.lr"].doc == "Peak learning rate."
+
+
+def test_every_key_is_documented():
+    undocumented = {key.name for schema in RUNS.values() for key in walk(schema) if not key.doc}
+    assert undocumented == set()
+
+
+def test_schemas_use_slots():
+    for schema in RUNS.values():
+        assert dataclasses.is_dataclass(schema) and hasattr(schema, "__slots__")
+
+
+def test_configuration_page_is_current():
+    from scripts.write_configuration_docs import page
+
+    written = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    assert written == page(), "run: python scripts/write_configuration_docs.py"
