@@ -44,6 +44,7 @@ from posttrain.weighting import token_weights
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
 from teachers.pool import TeacherPool
+from teachers.preflight import check_gap
 
 TRAINABLE = (RolloutStatus.completed, RolloutStatus.truncated)
 
@@ -79,6 +80,7 @@ class PolicyLoop:
         teachers: None in RL.
         probe_texts: token ids whose logprobs engine and learner must agree on after every update.
         probe_tolerance: largest mean |difference| allowed there, nat.
+        max_teacher_gap: largest mean |teacher - student| logprob at the start, nat.
         decode: token ids to text with special tokens, for the written samples.
     """
 
@@ -99,6 +101,7 @@ class PolicyLoop:
         checkpoint_every: int,
         probe_texts: list[np.ndarray],
         probe_tolerance: float,
+        max_teacher_gap: float,
         decode: Callable[[np.ndarray], str],
         rollout_samples: int,
         rollout_every_steps: int,
@@ -117,6 +120,7 @@ class PolicyLoop:
         self.checkpoint_every = checkpoint_every
         self.probe_texts = probe_texts
         self.probe_tolerance = probe_tolerance
+        self.max_teacher_gap = max_teacher_gap
         self.decode = decode
         self.rollout_samples = rollout_samples
         self.rollout_every_steps = rollout_every_steps
@@ -134,6 +138,8 @@ class PolicyLoop:
                 for ahead in range(step, min(step + self.algorithm.max_off_policy_steps, last_step) + 1):
                     self.submit_wave(ahead)
                 wave = self.collect(step, clock)
+            if step == 1 and self.teachers is not None:
+                self.check_teachers(wave)
             samples, metrics = self.batch(wave, step)
             is_sampled_step = step % self.rollout_every_steps == 0 or step == last_step
             if is_sampled_step and self.learner.info.num_moe_layers:
@@ -147,12 +153,10 @@ class PolicyLoop:
             self.scheduler.trained(c.summary.group_id for c in wave.done)
             if self.rollout_samples and is_sampled_step:
                 self.write_samples(wave, step)
-            if step % self.checkpoint_every == 0 or step == last_step:
-                with clock("checkpoint"):
-                    self.folder.save(
-                        step, self.learner.save_checkpoint, {"scheduler": self.scheduler.state()}
-                    )
+            # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
             self.tracker.log(step, metrics | clock.metrics(num_tokens=metrics["tokens/all"]))
+            if step % self.checkpoint_every == 0 or step == last_step:
+                self.folder.save(step, self.learner.save_checkpoint, {"scheduler": self.scheduler.state()})
 
     # Sample ---------------------------------------------------------------------------------------------------
 
@@ -240,6 +244,29 @@ class PolicyLoop:
                 offset += len(collected.summary.statuses)
         ready, _ = ray.wait(refs, num_returns=len(refs), fetch_local=False)
         assert len(ready) == len(refs)
+
+    def check_teachers(self, wave: Wave) -> None:
+        """Before the first update: how far each teacher is from the student on the student's own samples.
+
+        Raises:
+            UserError: a teacher is further away than ``max_teacher_gap``.
+        """
+        by_domain: dict[str, list[Collected]] = defaultdict(list)
+        for collected in wave.done:
+            if collected.summary.statuses[0] in TRAINABLE:
+                by_domain[collected.summary.domain].append(collected)
+        for domain, members in by_domain.items():
+            scores = ray.get(members[0].teacher_ref)
+            rollouts = [group.rollouts[0] for group in ray.get([c.ref for c in members])]
+            row = check_gap(
+                domain,
+                scores[0].teacher,
+                [scores[c.teacher_offset].logprobs for c in members],
+                [r.rollout_logprobs for r in rollouts],
+                [r.loss_mask for r in rollouts],
+                self.max_teacher_gap,
+            )
+            self.tracker.event("preflight", **row)
 
     def is_equal(self, collected: Collected) -> bool:
         """True when the outcome advantage of every member is zero, so that the group teaches nothing."""

@@ -64,33 +64,32 @@ def run_policy(
             learner.load_checkpoint(checkpoint.folder)
             scheduler.load_state(checkpoint.state["scheduler"])
             first_step = checkpoint.step + 1
-        tracker = Tracker(
+        with Tracker(
             folder.path, cfg.tracking, cfg.name, asdict(cfg), cfg.algorithm.steps, first_step - 1, headline
-        )
-
-        loop = PolicyLoop(
-            algorithm=cfg.algorithm,
-            loss=loss_settings(cfg.algorithm),
-            sampling=training_sampling(cfg),
-            rollout_dtype=cfg.rollout.dtype,
-            scheduler=scheduler,
-            rollouts=rollouts,
-            learner=learner,
-            rewards=rewards,
-            teachers=teachers,
-            tracker=tracker,
-            folder=folder,
-            checkpoint_every=cfg.checkpoint.every_steps,
-            probe_texts=probe_texts(prompts),
-            probe_tolerance=cfg.rollout.probe_tolerance,
-            decode=lambda token_ids: tokenizer.decode(token_ids.tolist(), skip_special_tokens=False),
-            rollout_samples=cfg.tracking.rollout_samples,
-            rollout_every_steps=cfg.tracking.rollout_every_steps,
-        )
-        loop.run(first_step)
-        folder.write_json("replay.json", replay_report(read_jsonl(folder.path / "metrics.jsonl")))
-        learner.save_model(folder.model)
-        tracker.finish()
+        ) as tracker:
+            loop = PolicyLoop(
+                algorithm=cfg.algorithm,
+                loss=loss_settings(cfg.algorithm),
+                sampling=training_sampling(cfg),
+                rollout_dtype=cfg.rollout.dtype,
+                scheduler=scheduler,
+                rollouts=rollouts,
+                learner=learner,
+                rewards=rewards,
+                teachers=teachers,
+                tracker=tracker,
+                folder=folder,
+                checkpoint_every=cfg.checkpoint.every_steps,
+                probe_texts=probe_texts(prompts),
+                probe_tolerance=cfg.rollout.probe_tolerance,
+                decode=lambda token_ids: tokenizer.decode(token_ids.tolist(), skip_special_tokens=False),
+                max_teacher_gap=cfg.teacher_workers.max_initial_kl if isinstance(cfg, MOPDRun) else 0.0,
+                rollout_samples=cfg.tracking.rollout_samples,
+                rollout_every_steps=cfg.tracking.rollout_every_steps,
+            )
+            loop.run(first_step)
+            folder.write_json("replay.json", replay_report(read_jsonl(folder.path / "metrics.jsonl")))
+            learner.save_model(folder.model)
     folder.finish()
     return str(folder.model)
 

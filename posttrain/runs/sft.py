@@ -36,7 +36,7 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
             learner.load_checkpoint(checkpoint.folder)
             scheduler.load_state(checkpoint.state["scheduler"])
             first_step = checkpoint.step + 1
-        tracker = Tracker(
+        with Tracker(
             folder.path,
             cfg.tracking,
             cfg.name,
@@ -44,19 +44,20 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
             cfg.algorithm.steps,
             first_step - 1,
             ["loss", "grad_norm"],
-        )
-        for step in range(first_step, cfg.algorithm.steps + 1):
-            clock = Clock()
-            drawn = scheduler.draw(cfg.algorithm.batch_size)
-            scheduler.trained(d.group_id for d in drawn)
-            with clock("train"):
-                metrics = learner.train_step(batch([d.item for d in drawn]), LossSettings(kind="sft"), step)
-            # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
-            tracker.log(step, metrics | clock.metrics(num_tokens=metrics["num_tokens"]))
-            if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps:
-                folder.save(step, learner.save_checkpoint, {"scheduler": scheduler.state()})
-        learner.save_model(folder.model)
-        tracker.finish()
+        ) as tracker:
+            for step in range(first_step, cfg.algorithm.steps + 1):
+                clock = Clock()
+                drawn = scheduler.draw(cfg.algorithm.batch_size)
+                scheduler.trained(d.group_id for d in drawn)
+                with clock("train"):
+                    metrics = learner.train_step(
+                        batch([d.item for d in drawn]), LossSettings(kind="sft"), step
+                    )
+                # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
+                tracker.log(step, metrics | clock.metrics(num_tokens=metrics["num_tokens"]))
+                if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps:
+                    folder.save(step, learner.save_checkpoint, {"scheduler": scheduler.state()})
+            learner.save_model(folder.model)
     folder.finish()
     return str(folder.model)
 
