@@ -301,3 +301,34 @@ def test_describe(tmp_path, tokenizer):
         "code": {"num_rows": 1, "mean_tokens": 7.0, "max_tokens": 7},
         "math": {"num_rows": 2, "mean_tokens": 7.5, "max_tokens": 8},
     }
+
+
+# -- `datasets` --------------------------------------------------------------------------------------------------
+
+
+def test_dataset_rows_and_split(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{**GOOD, "system": None}, {**numbered(2), "system": "s"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = DataConfig(sources={"hub": SourceConfig(path="someone/sums", split="dev")})
+    prompts = load_prompts(data, tokenizer, 64)
+    assert asked == [("someone/sums", "dev")]
+    assert [len(prompt.messages) for prompt in prompts] == [1, 2]
+
+
+def test_dataset_that_cannot_be_loaded(tokenizer, monkeypatch):
+    import datasets
+
+    def load(name, split):
+        raise ConnectionError("no route to host\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = DataConfig(path="someone/sums")
+    with pytest.raises(UserError, match=r"data\.path='someone/sums'.*no route to host\)$"):
+        load_prompts(data, tokenizer, 64)
