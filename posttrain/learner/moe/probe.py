@@ -94,7 +94,7 @@ def _check(router: Router, handed: tuple[Any, ...], forced: Tensor) -> None:
 def _refusal(router: Router, why: str) -> UserError:
     return UserError(
         f"model.path: routing replay does not know {router.family} ({router.name}): {why}; "
-        "learner.routing_replay=off trains without replay"
+        "choose a model of a family that routes by torch.topk"
     )
 
 

@@ -67,7 +67,7 @@ class NumZeros:
         return self._metrics(packed.cpu())
 
     def _metrics(self, packed: Tensor) -> dict[str, float]:
-        nonzeros, experts = packed[: len(CLASSES)].tolist(), packed[len(CLASSES) :].view(self.num_layers, -1)
+        nonzeros, experts = packed[: len(CLASSES)].tolist(), packed[len(CLASSES) :]
         zeros = {
             name: self.sizes[name] - n for name, n in zip(CLASSES, nonzeros, strict=True) if self.sizes[name]
         }
