@@ -202,11 +202,13 @@ def _check_required_fields(
     """Rows have the fields that a reward class names in ``required_fields``; the loader's error names file and line."""
     from posttrain.data.sources import load_prompts
 
-    for domain in {prompt.domain for prompt in prompts}:
-        entry = rewards if "_target_" in rewards else rewards.get(domain)
+    for domain in sorted({prompt.domain for prompt in prompts}):
+        key, entry = (
+            ("rewards", rewards) if "_target_" in rewards else (f"rewards.{domain}", rewards.get(domain))
+        )
         if not isinstance(entry, dict) or "_target_" not in entry:
             continue  # rewards.resolve says it
-        names = getattr(find_target(f"rewards.{domain}", entry["_target_"]), "required_fields", ())
+        names = getattr(find_target(key, entry["_target_"]), "required_fields", ())
         lacking = [
             p for p in prompts if p.domain == domain and any(not _has_field(p, name) for name in names)
         ]

@@ -255,7 +255,7 @@ def test_fresh_moves_the_old_run_aside_but_not_what_it_reads(make, tmp_path, cap
 
 def test_files_that_a_run_would_write_but_no_config(make, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds model but no config.yaml"):
+    with pytest.raises(UserError, match=r"holds model but no config\.yaml"):
         RunFolder.open(make())
 
 

@@ -1,0 +1,198 @@
+"""Checks before any engine starts: what a good run is found to be made of, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain import gpus
+from posttrain.compose import compose
+from posttrain.config import RunConfig, UserError
+from posttrain.plan import print_plan, processes
+from posttrain.validate import check_model, validate
+from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
+
+REWARD = "rewards._target_=rewards.exact_match.ExactMatch"
+ROOM = ("rollout.max_new_tokens=16", "rollout.max_model_len=64")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Three checkpoints, prompts of two domains, held-out prompts, conversations, two teachers."""
+    root = tmp_path_factory.mktemp("world")
+    tiny_mimo(root / "mimo")
+    tiny_qwen3_moe(root / "qwen")
+    tiny_dense(root / "dense")
+    tiny_mimo(root / "teacher_math", seed=1)
+    tiny_mimo(root / "teacher_code", seed=2)
+
+    def rows(name: str, start: int, *, reply: bool = False) -> None:
+        lines = []
+        for i in range(start, start + 4):
+            messages = [{"role": "user", "content": f"{i}+1=?"}]
+            if reply:
+                messages.append({"role": "assistant", "content": str(i + 1)})
+            domain = "math" if i % 2 else "code"
+            lines.append(json.dumps({"messages": messages, "domain": domain, "answer": str(i + 1)}))
+        (root / name).write_text("\n".join(lines) + "\n")
+
+    rows("prompts.jsonl", 0)
+    rows("heldout.jsonl", 10)
+    rows("chats.jsonl", 20, reply=True)
+    return root
+
+
+def config(world: Path, command: str, *overrides: str) -> RunConfig:
+    prompts = "data.eval_path" if command == "eval" else "data.path"
+    base = [
+        f"model.path={world}/mimo",
+        f"{prompts}={world}/{'chats' if command == 'sft' else 'prompts'}.jsonl",
+    ]
+    if command == "pipeline":
+        base += [f"data.eval_path={world}/heldout.jsonl", f"sft_data.path={world}/chats.jsonl", REWARD]
+        base += ["teachers.math.train=rl", "teachers.code.train=none"]
+    if command == "mopd":
+        base += [f"teachers.{d}.path={world}/teacher_{d}" for d in ("math", "code")]
+    if command in ("rl", "eval"):
+        base.append(REWARD)
+    room = () if command == "sft" else ROOM
+    return compose(command, [*base, *room, *overrides])[1]
+
+
+def refusal(world: Path, command: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        validate(config(world, command, *overrides))
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("command", ["sft", "rl", "mopd", "pipeline", "eval"])
+def test_a_good_run_is_counted(world, command, capsys):
+    cfg = config(world, command)
+    report = validate(cfg)
+    assert report.domains == ["code", "math"]
+    assert report.model.num_experts == 8 and report.model.has_expert_bias
+    if command == "pipeline":
+        assert (
+            report.num_prompts
+            == report.num_eval_prompts
+            == report.num_conversations
+            == {"code": 2, "math": 2}
+        )
+    if command == "mopd":
+        assert [(row["domain"], row["result"]) for row in report.teachers] == [("code", "ok"), ("math", "ok")]
+    print_plan(command, cfg, report)
+    out = capsys.readouterr().out
+    assert "MiMoV2FlashForCausalLM" in out and "nothing started" in out and "math 2" in out
+
+
+def test_model_report(world):
+    dense = check_model(str(world / "dense"))
+    assert dense.num_experts == 0 and not dense.has_expert_bias and dense.context
+    assert check_model(str(world / "qwen")).num_experts > 0
+    assert dense.num_bytes > dense.num_parameters > 10_000
+
+
+def test_processes_of_each_run(world):
+    names = {c: [p.name for p in processes(config(world, c), 1000)] for c in ("sft", "rl", "mopd", "eval")}
+    assert names["sft"] == ["learner"]
+    assert names["rl"] == ["learner", "rollout", "rewards"]
+    assert names["mopd"] == ["learner", "rollout", "teachers"]
+    assert names["eval"] == ["rollout", "rewards"]
+
+
+def test_rl_of_one_domain(world):
+    assert validate(config(world, "rl", "domain=math")).num_prompts == {"math": 2}
+    assert "domain='law'" in refusal(world, "rl", "domain=law")
+
+
+def test_held_out_prompts_that_are_trained_on_are_noted(world):
+    report = validate(config(world, "pipeline", f"data.eval_path={world}/prompts.jsonl"))
+    assert report.notes == ["4 held-out prompts also occur in the training prompts"]
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "expected"),
+    [
+        ("rl", ["model.path=/nowhere"], "model.path='/nowhere': no such directory"),
+        ("rl", ["data.path=null"], "data.path=None: no data; give data.path="),
+        ("rl", ["data.path=/nowhere.jsonl"], "data.path='/nowhere.jsonl'"),
+        ("rl", ["~rewards._target_"], "rewards.code: domain 'code' without reward"),
+        ("rl", ["rewards._target_=no_module.X"], "rewards._target_='no_module.X': module 'no_module'"),
+        ("rl", ["rollout.max_turns=3"], "rollout.max_turns=3: nothing answers a turn"),
+        ("rl", ["environments.math._target_=no_module.X"], "environments.math._target_='no_module.X'"),
+        ("rl", ["environments.math.x=1"], "environments.math={{'x': 1}}: no _target_"),
+        ("rl", ["environments.law._target_=json.loads"], "environments.law: no prompt belongs to domain 'law'"),
+        ("rl", ["rollout.max_new_tokens=64"], "rollout.max_new_tokens=64: leaves no room for a prompt"),
+        ("rl", ["rollout.max_model_len=999999"], "rollout.max_model_len=999999: the model's context is"),
+        ("rl", ["rollout.max_new_tokens=60"], "a prompt longer than the context"),
+        ("mopd", ["~teachers.math"], "teachers.math.path=None: prompts of domain 'math' have no teacher"),
+        ("mopd", ["teachers.law.path=/x"], "teachers.law.path='/x': no prompt belongs to domain 'law'"),
+        ("mopd", ["teachers.math.path=/x"], "teachers.math.path='/x': no such directory"),
+        ("mopd", ["algorithm.alpha=0.5", "algorithm.group_size=4"], "algorithm.alpha=0.5: an outcome advantage needs"),
+        ("pipeline", ["~teachers.math"], "teachers.math=None: prompts of domain 'math' have no teacher"),
+        ("pipeline", ["teachers.law.train=rl"], "teachers.law=None: no prompt belongs to domain 'law'"),
+        ("pipeline", ["sft_data.path=null"], "sft_data.path is missing"),
+        ("pipeline", ["data.eval_path=null"], "data.eval_path=None: no data"),
+        ("pipeline", ["sft.learner.expert_bias_rate=0.1", "model.path={world}/qwen"], "sft.learner.expert_bias_rate=0.1: the routers of"),
+        ("sft", ["learner.aux_loss_coef=0.1", "model.path={world}/dense"], "learner.aux_loss_coef=0.1: {world}/dense is a dense"),
+        ("sft", ["domain=law"], "domain='law'"),
+    ],
+)  # fmt: skip
+def test_refusals(world, command, overrides, expected):
+    found = refusal(world, command, *(o.format(world=world) for o in overrides))
+    if "longer than the context" in expected:
+        assert "more than the 4 that the context leaves room for" in found and "prompts.jsonl:1" in found
+    else:
+        assert expected.format(world=world) in found
+
+
+def test_a_domain_without_held_out_prompts(world, tmp_path):
+    file = tmp_path / "held.jsonl"
+    file.write_text((world / "heldout.jsonl").read_text().splitlines()[0] + "\n")
+    found = refusal(world, "pipeline", f"data.eval_path={file}")
+    assert "no held-out prompts of domain 'math'" in found
+
+
+def test_a_teacher_by_sft_needs_conversations_of_its_domain(world, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text((world / "chats.jsonl").read_text().splitlines()[0] + "\n")
+    found = refusal(world, "pipeline", f"sft_data.path={file}", "teachers.math.train=sft")
+    assert found.startswith("teachers.math.train='sft': sft_data has no conversation of domain 'math'")
+
+
+def test_fields_that_a_reward_requires(world, tmp_path, monkeypatch):
+    (tmp_path / "strict_reward.py").write_text(
+        "class Strict:\n    required_fields = ('answer', 'tests|cases')\n    def score(self, rollout):\n        return 0.0, {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = refusal(world, "rl", "rewards._target_=strict_reward.Strict")
+    assert "prompts.jsonl:1" in found and "tests" in found
+
+
+def test_gpus_that_are_not_there(world, monkeypatch):
+    monkeypatch.setattr(gpus, "num_gpus", lambda: 0)
+    found = refusal(world, "rl", "rollout.num_gpus_per_worker=1")
+    assert found.startswith("rollout.num_gpus_per_worker=1: 1 workers need 1 GPUs and this machine has 0")
+    monkeypatch.setattr(gpus, "num_gpus", lambda: 2)
+    assert "asks for 4 GPUs (learner 1, rollout 3)" in refusal(world, "rl", "rollout.num_workers=3")
+    assert validate(config(world, "rl")).notes == []
+    found = validate(config(world, "rl", "rollout.num_workers=3", "ray.address=auto")).notes
+    assert found == ["ray.address=auto: the cluster's GPUs are not checked here"]
+
+
+def test_visible_gpus(monkeypatch):
+    monkeypatch.setattr(gpus.glob, "glob", lambda pattern: ["/dev/nvidia0", "/dev/nvidia1"])
+    for value, count in ((None, 2), ("", 0), ("1", 1), ("0,1", 2), ("-1", 0)):
+        if value is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert gpus.num_gpus() == count
+
+
+def test_trust_remote_code_is_said(world):
+    assert "Python code" in validate(config(world, "sft", "model.trust_remote_code=true")).notes[0]
