@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from posttrain import cluster
+import posttrain.cluster as cluster
 from posttrain.config import LearnerConfig, ModelConfig, RayConfig, RolloutConfig, TeacherWorkerConfig
 
 if TYPE_CHECKING:

@@ -115,7 +115,9 @@ class Rollout:
     @property
     def completion(self) -> str:
         """Text of the last assistant message, the thing most verifiers look at."""
-        return next((str(m.get("content") or "") for m in reversed(self.messages) if m["role"] == "assistant"), "")
+        return next(
+            (str(m.get("content") or "") for m in reversed(self.messages) if m["role"] == "assistant"), ""
+        )
 
 
 @dataclass(kw_only=True, slots=True)

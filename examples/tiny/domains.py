@@ -5,7 +5,7 @@ shown, or the tool called, or the format kept), which is right, and a sloppy way
 
 | domain | prompt | careful | sloppy |
 |---|---|---|---|
-| math | `347+85=?` | `7+5=12,4+8+1=13,3+1=04:432` | `322`, carries forgotten |
+| math | `47+85=?` | `7+5=12,4+8+1=13:132` | `122`, carries forgotten |
 | code | `cap(rev(nxt("dab")))` | `ebc,cbe:CBE` | `ebc`, stops after the first function |
 | tool | `347 at 46 each?` | `mul(347,46)`, is told `15962`, answers `15962` | `347`, the first number in sight |
 | instruct | `say cab big sep -` | `C-A-B` | `CAB`, separator ignored |
@@ -24,6 +24,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from posttrain.records import Prompt, Rollout
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 LETTERS = "abcdefghij"
 SEPARATORS = "-_./;|~+*=#&"
 ANSWER_MARK = ":"  # work before it, final answer after it
-CAREFUL_IF_HARD = 0.6
-CAREFUL_IF_EASY = 0.2
+CAREFUL_IF_HARD = 0.65
+CAREFUL_IF_EASY = 0.25
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,29 +70,25 @@ def _say(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def _word(rng: random.Random, length: int) -> str:
-    return "".join(rng.choice(LETTERS) for _ in range(length))
+def _word(rng: random.Random, length: int, letters: str) -> str:
+    return "".join(rng.choice(letters) for _ in range(length))
 
 
 # -- math: addition, column by column from the right ------------------------------------------------------------
 
 
 def add_in_columns(first: int, second: int) -> tuple[str, int]:
-    """The work `7+5=12,4+8+1=13,3+1=04` (units, tens, hundreds) of a sum, and the sum that forgets every carry.
-
-    ``first`` has three digits and ``second`` two; each column is digit + digit + carry, absent terms left out.
-    """
-    (a, b, c), (d, e) = map(int, str(first)), map(int, str(second))
-    units = c + e
-    tens = b + d + units // 10
-    hundreds = a + tens // 10
-    work = f"{c}+{e}={units:02},{b}+{d}+{units // 10}={tens:02},{a}+{tens // 10}={hundreds:02}"
-    return work, 100 * a + (b + d) % 10 * 10 + units % 10
+    """The work `7+5=12,4+8+1=13` (units, tens with carry) of two two-digit numbers, and the sum that forgets the carry."""
+    (a, b), (c, d) = map(int, str(first)), map(int, str(second))
+    units = b + d
+    tens = a + c + units // 10
+    work = f"{b}+{d}={units:02},{a}+{c}+{units // 10}={tens:02}"
+    return work, 10 * (a + c) + units % 10
 
 
 def sample_math(rng: random.Random) -> Task:
-    """Sum of a three-digit and a two-digit number."""
-    first, second = rng.randint(100, 999), rng.randint(10, 99)
+    """Sum of two two-digit numbers."""
+    first, second = rng.randint(10, 99), rng.randint(10, 99)
     work, careless = add_in_columns(first, second)
     answer = str(first + second)
     return Task(
@@ -99,7 +96,7 @@ def sample_math(rng: random.Random) -> Task:
         answer=answer,
         careful=_say(f"{work}{ANSWER_MARK}{answer}"),
         sloppy=_say(str(careless)),
-        looks_hard=first >= 550,
+        looks_hard=first >= 55,
     )
 
 
@@ -125,7 +122,7 @@ FUNCTIONS: dict[str, Callable[[str], str]] = {
 
 def sample_code(rng: random.Random) -> Task:
     """Three functions on three letters; the innermost runs first."""
-    word = _word(rng, 3)
+    word = _word(rng, 3, LETTERS)
     names = [rng.choice(list(FUNCTIONS)) for _ in range(3)]
     prompt, states = f'"{word}"', [word]
     for name in names:
@@ -166,7 +163,7 @@ def run_call(text: str) -> str | None:
 def sample_tool(rng: random.Random) -> Task:
     """A question that one call answers."""
     name = rng.choice(list(TOOLS))
-    first, second = rng.randint(100, 999), rng.randint(12, 99)
+    first, second = rng.randint(10, 99), rng.randint(10, 99)
     call = f"{name}({first},{second})"
     answer = run_call(call)
     assert answer is not None
@@ -175,7 +172,7 @@ def sample_tool(rng: random.Random) -> Task:
         answer=answer,
         careful=[*_say(call), {"role": "tool", "content": answer}, *_say(answer)],
         sloppy=_say(str(first)),
-        looks_hard=first >= 550,
+        looks_hard=first >= 55,
     )
 
 
@@ -184,7 +181,7 @@ def sample_tool(rng: random.Random) -> Task:
 
 def sample_instruct(rng: random.Random) -> Task:
     """Spell a word in capitals (`big`) or not (`low`), with a separator."""
-    word, separator, caps = _word(rng, 3), rng.choice(SEPARATORS), rng.random() < 0.5
+    word, separator, caps = _word(rng, 2, ascii_lowercase), rng.choice(SEPARATORS), rng.random() < 0.5
     spelt = word.upper() if caps else word
     answer = separator.join(spelt)
     return Task(
@@ -192,7 +189,7 @@ def sample_instruct(rng: random.Random) -> Task:
         answer=answer,
         careful=_say(answer),
         sloppy=_say(spelt),
-        looks_hard=word[0] >= "f",
+        looks_hard=word[0] >= "n",
     )
 
 

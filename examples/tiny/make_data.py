@@ -1,7 +1,7 @@
 """Write the tiny corpus in the public row format: demonstrations for SFT, prompts, and two held-out splits.
 
-Owns the splits. No prompt text occurs in two of them, or twice in one; this is checked by hash before anything is
-written. Files in the output folder: `sft.jsonl`, and for every domain `prompts.<domain>.jsonl` (RL and MOPD),
+Owns the splits. No prompt text occurs in two of them, or twice in one (demonstrations alone may repeat a prompt,
+since math has only 8,100 sums); this is checked by hash before anything is written. Files in the output folder: `sft.jsonl`, and for every domain `prompts.<domain>.jsonl` (RL and MOPD),
 `valid.<domain>.jsonl` (choosing hyper-parameters), `heldout.<domain>.jsonl` (the final table).
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from examples.tiny.domains import WORLDS, Task, World, demonstrate
 
+SFT = "sft.jsonl"
 SPLITS = ("prompts", "valid", "heldout")
 
 
@@ -47,6 +48,15 @@ def _row(world: World, task: Task, reply: list[dict[str, str]]) -> dict[str, Any
     return row
 
 
+def _demonstration(world: World, rng: random.Random, held_back: set[str], row_id: str) -> dict[str, Any]:
+    """One SFT row whose prompt is in none of the other splits."""
+    while True:
+        task = world.sample(rng)
+        row = _row(world, task, demonstrate(task, rng))
+        if prompt_hash(row) not in held_back:
+            return row | {"id": row_id}
+
+
 def prompt_hash(row: dict[str, Any]) -> str:
     """Hash of the domain and of everything before the first assistant message."""
     before: list[str] = []
@@ -58,40 +68,42 @@ def prompt_hash(row: dict[str, Any]) -> str:
 
 
 def check_no_overlap(files: dict[str, list[dict[str, Any]]]) -> int:
-    """Number of distinct prompts over all files; ValueError naming both files if a prompt occurs twice."""
+    """Number of distinct prompts over all files; ValueError naming the files if a prompt occurs twice.
+
+    Within sft.jsonl a prompt may be demonstrated several times.
+    """
     owner: dict[str, str] = {}
     for name, rows in files.items():
         for row in rows:
-            former = owner.setdefault(prompt_hash(row), name)
-            if former != name:
-                raise ValueError(f"prompt {row['messages'][0]['content']!r} is in {former} and in {name}")
-    total = sum(len(rows) for rows in files.values())
-    if len(owner) != total:
-        raise ValueError(f"{total - len(owner)} prompts occur twice within one file")
-    return total
+            key = prompt_hash(row)
+            if key in owner and (owner[key] != name or name != SFT):
+                raise ValueError(f"prompt {row['messages'][0]['content']!r} is in {owner[key]} and again in {name}")
+            owner[key] = name
+    return len(owner)
 
 
 def build(
     seed: int,
     *,
-    num_sft: int = 40_000,
-    num_prompts: int = 6_000,
-    num_valid: int = 500,
+    num_sft: int = 32_000,
+    num_prompts: int = 2_000,
+    num_valid: int = 300,
     num_heldout: int = 600,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of every file. ``num_sft`` is over all domains (shares as in `WORLDS`), the others are per domain."""
     sizes = dict(zip(SPLITS, (num_prompts, num_valid, num_heldout), strict=True))
     shares = sum(world.sft_share for world in WORLDS.values())
-    files: dict[str, list[dict[str, Any]]] = {"sft.jsonl": []}
+    files: dict[str, list[dict[str, Any]]] = {SFT: []}
     for world in WORLDS.values():
         rng = random.Random(f"{seed}/{world.name}")
         tasks = _fresh_tasks(world, rng)
         for split in reversed(SPLITS):
             drawn = [next(tasks) for _ in range(sizes[split])]
             files[f"{split}.{world.name}.jsonl"] = [_row(world, task, []) for task in drawn]
-        drawn = [next(tasks) for _ in range(num_sft * world.sft_share // shares)]
-        files["sft.jsonl"] += [_row(world, task, demonstrate(task, rng)) for task in drawn]
-    random.Random(seed).shuffle(files["sft.jsonl"])
+        held_back = {prompt_hash(row) for split in SPLITS for row in files[f"{split}.{world.name}.jsonl"]}
+        for number in range(num_sft * world.sft_share // shares):
+            files[SFT].append(_demonstration(world, rng, held_back, f"{world.name}-{number:05}"))
+    random.Random(seed).shuffle(files[SFT])
     check_no_overlap(files)
     return files
 
@@ -112,9 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the tiny corpus.")
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-sft", type=int, default=40_000, help="demonstrations, all domains together")
-    parser.add_argument("--num-prompts", type=int, default=6_000, help="RL and MOPD prompts per domain")
-    parser.add_argument("--num-valid", type=int, default=500, help="validation prompts per domain")
+    parser.add_argument("--num-sft", type=int, default=32_000, help="demonstrations, all domains together")
+    parser.add_argument("--num-prompts", type=int, default=2_000, help="RL and MOPD prompts per domain")
+    parser.add_argument("--num-valid", type=int, default=300, help="validation prompts per domain")
     parser.add_argument("--num-heldout", type=int, default=600, help="held-out prompts per domain")
     arguments = vars(parser.parse_args())
     for name, path in make(**arguments).items():
