@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain.config import DataConfig, SourceConfig, UserError
 from posttrain.data import chat
+from posttrain.data.memo import remembered
 from posttrain.data.rows import BadRows, Row, RowError, read_rows
 from posttrain.records import Prompt, TrainingSample
 
@@ -57,6 +58,7 @@ def source_weights(data: DataConfig) -> dict[str, float]:
     return {name: source.weight for name, source in sources_of(data).items()}
 
 
+@remembered
 def load_prompts(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -111,6 +113,7 @@ def load_prompts(
     return prompts
 
 
+@remembered
 def load_conversations(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
