@@ -25,6 +25,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from posttrain.config import ModelConfig, OnUpdate, Replay, RolloutConfig, UserError
 from posttrain.records import EngineInfo, WeightBundle
 from rollout.checkpoint import checkpoint_shapes, local_checkpoint
+from rollout.cpu import use_float32_products
 from rollout.segment import Segment, SegmentResult
 from rollout.weights import apply_bundle, check_bundle, engine_tensors
 
@@ -120,6 +121,7 @@ class Engine:
         self.records_routes = cfg.record_routes is Replay.auto and self.num_experts > 0
         arguments.enable_return_routed_experts = self.records_routes
         self.vllm = LLMEngine.from_engine_args(arguments)
+        self.vllm.collective_rpc(use_float32_products)
         self.policy_version = 0
         self.on_update = cfg.on_update
         self._running: dict[str, _Running] = {}
@@ -188,6 +190,7 @@ class Engine:
         tied = bool(getattr(self._hf_config, "tie_word_embeddings", False))
         check_bundle(bundle, self._expected, num_layers=num_layers, tied_embeddings=tied)
         self.vllm.collective_rpc(apply_bundle, args=(bundle,))
+        self.vllm.collective_rpc(use_float32_products)
         if self.on_update is OnUpdate.recompute:
             if not self.vllm.reset_prefix_cache(reset_running_requests=True):
                 raise RuntimeError("vLLM kept old KV after new weights: the prefix cache was not dropped")
