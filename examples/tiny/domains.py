@@ -5,10 +5,10 @@ shown, or the tool called, or the format kept), which is right, and a sloppy way
 
 | domain | prompt | careful | sloppy |
 |---|---|---|---|
-| math | `47+85=?` | `7+5=12,4+8+1=13:132` | `122`, carries forgotten |
+| math | `47+85=?` | `7+5=12,4+8+1=13:132` | `127`, 85 taken for 80 |
 | code | `cap(rev(nxt("dab")))` | `ebc,cbe:CBE` | `ebc`, stops after the first function |
-| tool | `347 at 46 each?` | `mul(347,46)`, is told `15962`, answers `15962` | `347`, the first number in sight |
-| instruct | `say cab big sep -` | `C-A-B` | `CAB`, separator ignored |
+| tool | `37 at 46 each?` | `mul(37,46)`, is told `1702`, answers `1702` | `37`, the first number in sight |
+| instruct | `say ca big sep -` | `C-A` | `CA`, separator ignored |
 
 Numbers, words and work have fixed widths within a domain, so that a model of this size finds what to copy by
 relative position within a few hundred steps.
@@ -77,25 +77,22 @@ def _word(rng: random.Random, length: int, letters: str) -> str:
 # -- math: addition, column by column from the right ------------------------------------------------------------
 
 
-def add_in_columns(first: int, second: int) -> tuple[str, int]:
-    """The work `7+5=12,4+8+1=13` (units, tens with carry) of two two-digit numbers, and the sum that forgets the carry."""
+def add_in_columns(first: int, second: int) -> str:
+    """The work `7+5=12,4+8+1=13` of two two-digit numbers: units, then tens with the carry."""
     (a, b), (c, d) = map(int, str(first)), map(int, str(second))
-    units = b + d
-    tens = a + c + units // 10
-    work = f"{b}+{d}={units:02},{a}+{c}+{units // 10}={tens:02}"
-    return work, 10 * (a + c) + units % 10
+    carry = (b + d) // 10
+    return f"{b}+{d}={b + d:02},{a}+{c}+{carry}={a + c + carry:02}"
 
 
 def sample_math(rng: random.Random) -> Task:
-    """Sum of two two-digit numbers."""
+    """Sum of two two-digit numbers; the sloppy answer rounds the second one down to tens."""
     first, second = rng.randint(10, 99), rng.randint(10, 99)
-    work, careless = add_in_columns(first, second)
     answer = str(first + second)
     return Task(
         prompt=f"{first}+{second}=?",
         answer=answer,
-        careful=_say(f"{work}{ANSWER_MARK}{answer}"),
-        sloppy=_say(str(careless)),
+        careful=_say(f"{add_in_columns(first, second)}{ANSWER_MARK}{answer}"),
+        sloppy=_say(str(first + second // 10 * 10)),
         looks_hard=first >= 55,
     )
 

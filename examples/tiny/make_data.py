@@ -1,8 +1,9 @@
 """Write the tiny corpus in the public row format: demonstrations for SFT, prompts, and two held-out splits.
 
 Owns the splits. No prompt text occurs in two of them, or twice in one (demonstrations alone may repeat a prompt,
-since math has only 8,100 sums); this is checked by hash before anything is written. Files in the output folder: `sft.jsonl`, and for every domain `prompts.<domain>.jsonl` (RL and MOPD),
-`valid.<domain>.jsonl` (choosing hyper-parameters), `heldout.<domain>.jsonl` (the final table).
+since math has only 8,100 sums); this is checked by hash before anything is written. Files in the output folder:
+`sft.jsonl`, and for every domain `prompts.<domain>.jsonl` (RL and MOPD), `valid.<domain>.jsonl` (choosing
+hyper-parameters), `heldout.<domain>.jsonl` (the final table).
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def check_no_overlap(files: dict[str, list[dict[str, Any]]]) -> int:
         for row in rows:
             key = prompt_hash(row)
             if key in owner and (owner[key] != name or name != SFT):
-                raise ValueError(f"prompt {row['messages'][0]['content']!r} is in {owner[key]} and again in {name}")
+                raise ValueError(
+                    f"prompt {row['messages'][0]['content']!r} is in {owner[key]} and again in {name}"
+                )
             owner[key] = name
     return len(owner)
 

@@ -70,22 +70,22 @@ def test_careful_demonstrations_are_right(domain):
 def test_sloppy_demonstrations_are_mostly_wrong(domain):
     verifier = REWARDS[domain]()
     scores = [verifier.score(rollout(domain, t.answer, t.sloppy))[0] for t in tasks(domain, 500)]
-    assert np.mean(scores) < 0.4
+    assert np.mean(scores) < 0.2
 
 
 def test_examples_of_the_docstring():
-    assert add_in_columns(347, 85) == ("7+5=12,4+8+1=13,3+1=04", 322)
+    assert add_in_columns(47, 85) == "7+5=12,4+8+1=13"
     assert [FUNCTIONS[name]("dab") for name in ("rev", "nxt", "cap")] == ["bad", "ebc", "DAB"]
     assert FUNCTIONS["nxt"]("jJa") == "aAb"
     assert run_call("mul(347,46)") == "15962"
 
 
-@pytest.mark.parametrize("first", [100, 109, 190, 999, 550])
-@pytest.mark.parametrize("second", [10, 99, 45])
+@pytest.mark.parametrize("first", [10, 19, 45, 55, 90, 99])
+@pytest.mark.parametrize("second", [10, 45, 99])
 def test_math_work_leads_to_the_sum(first, second):
-    work, _ = add_in_columns(first, second)
-    units, tens, hundreds = (column.split("=")[1] for column in work.split(","))
-    assert int(hundreds) * 100 + int(tens[1]) * 10 + int(units[1]) == first + second
+    columns = add_in_columns(first, second).split(",")
+    units, tens = (column.split("=")[1] for column in columns)
+    assert int(tens) * 10 + int(units[1]) == first + second
 
 
 @pytest.mark.parametrize(

@@ -33,30 +33,38 @@ def test_sizes_and_mixture(corpus):
     assert domains != sorted(domains)
 
 
+def hashes(path):
+    return [prompt_hash(row) for row in rows(path)]
+
+
 def test_no_prompt_in_two_places(corpus):
-    every = [prompt_hash(row) for path in corpus.values() for row in rows(path)]
-    assert len(every) == 320 + 4 * 110
-    assert len(set(every)) == len(every)
+    split = [h for name, path in corpus.items() if name != "sft.jsonl" for h in hashes(path)]
+    assert len(split) == len(set(split)) == 4 * 110
+    assert set(hashes(corpus["sft.jsonl"])).isdisjoint(split)
 
 
 def test_default_sizes_fit_without_overlap():
     files = build(seed=1)
-    assert check_no_overlap(files) == 40_000 + 4 * 7_100
     assert all(len(files[f"heldout.{domain}.jsonl"]) >= 500 for domain in WORLDS)
+    split = [prompt_hash(row) for name, part in files.items() if name != "sft.jsonl" for row in part]
+    demonstrated = {prompt_hash(row) for row in files["sft.jsonl"]}
+    assert len(split) == len(set(split)) and demonstrated.isdisjoint(split)
+    assert check_no_overlap(files) == len(split) + len(demonstrated)
 
 
 def test_overlap_is_found():
     row = {"messages": [{"role": "user", "content": "1+1=?"}], "domain": "math"}
     demonstration = {**row, "messages": [*row["messages"], {"role": "assistant", "content": "2"}]}
-    with pytest.raises(ValueError, match=r"is in sft\.jsonl and in heldout\.math\.jsonl"):
+    with pytest.raises(ValueError, match=r"is in sft\.jsonl and again in heldout\.math\.jsonl"):
         check_no_overlap({"sft.jsonl": [demonstration], "heldout.math.jsonl": [row]})
-    with pytest.raises(ValueError, match="1 prompts occur twice within one file"):
-        check_no_overlap({"sft.jsonl": [row, demonstration]})
+    with pytest.raises(ValueError, match=r"is in heldout\.math\.jsonl and again in heldout\.math\.jsonl"):
+        check_no_overlap({"heldout.math.jsonl": [row, row]})
+    assert check_no_overlap({"sft.jsonl": [demonstration, demonstration]}) == 1
 
 
 def test_too_large_a_corpus_is_refused():
-    with pytest.raises(ValueError, match="domain code has only about"):
-        build(seed=0, num_sft=16, num_prompts=40_000, num_valid=1, num_heldout=1)
+    with pytest.raises(ValueError, match="domain math has only about"):
+        build(seed=0, num_sft=16, num_prompts=8_101, num_valid=1, num_heldout=1)
 
 
 def test_seed_decides_everything(corpus, tmp_path):
