@@ -10,6 +10,7 @@ import copy
 import gc
 import logging
 import os
+import warnings
 from typing import Any
 
 import deepspeed
@@ -28,6 +29,8 @@ LARGEST_BUCKET = 500_000_000
 
 def init_distributed(backend: str, store: dist.Store, rank: int, num_ranks: int) -> None:
     """Process group over ``store``, known to torch and DeepSpeed."""
+    # DeepSpeed calls torch under former names at every gather.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # On CPU DeepSpeed would compile a shared-memory all-reduce, which takes a minute and a compiler. Gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Every rank sees its own device only, so it is always the first one.

@@ -42,6 +42,9 @@ class LearnerWorker:
         self.rank = rank
         self.num_ranks = num_ranks
         self.engine: Any = None
+        self.policy: Policy
+        self.replay: RouterReplay | None
+        self.num_zeros: NumZeros
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -83,12 +86,8 @@ class LearnerWorker:
             del self.policy, self.replay, self.num_zeros
             engine.destroy(former)
             del former
-        self.learner, self.model_config, self.total_steps, self.seed = (
-            learner,
-            model_config,
-            total_steps,
-            seed,
-        )
+        self.learner, self.model_config = learner, model_config
+        self.total_steps, self.seed = total_steps, seed
         error: Exception | None = None
         try:  # the checkpoint may be bad on one node only
             self._load_model()
@@ -177,7 +176,8 @@ class LearnerWorker:
                 self.engine.backward(total * self.num_ranks)
             totals.add_sum("loss", output.loss.detach())
             for name, (value, count) in output.metrics.items():
-                totals.add_mean(name, value, count)
+                if not name.startswith("/"):  # samples without a domain
+                    totals.add_mean(name, value, count)
             for name, value in output.maxima.items():
                 totals.add_maximum(name, value)
             if self.replay is not None and self.replay.last is not None:
@@ -377,5 +377,5 @@ class LearnerWorker:
 def _get(references: list[Any]) -> list[Any]:
     """``ray.get`` of object references at once; values that came along inside the batch are taken as they are."""
     remote = [r for r in references if isinstance(r, ray.ObjectRef)]
-    values = iter(ray.get(remote))
+    values = iter(ray.get(remote) if remote else [])
     return [next(values) if isinstance(r, ray.ObjectRef) else r for r in references]
