@@ -26,7 +26,7 @@ from posttrain.config import ModelConfig, OnUpdate, Replay, RolloutConfig, UserE
 from posttrain.records import EngineInfo, WeightBundle
 from rollout.checkpoint import checkpoint_shapes, local_checkpoint
 from rollout.cpu import use_float32_products
-from rollout.segment import Segment, SegmentResult
+from rollout.segment import Segment, SegmentResult, routes_problem
 from rollout.weights import apply_bundle, check_bundle, engine_tensors
 
 OWNED_OPTIONS = {
@@ -89,20 +89,6 @@ def _moe_layers(worker: Any) -> list[int]:
 
     modules = worker.model_runner.get_model().modules()
     return sorted({m.layer_id for m in modules if isinstance(m, (MoERunner, RoutedExpertsCaptureSource))})
-
-
-def routes_problem(routes: np.ndarray | None, num_rows: int, num_experts: int) -> str | None:
-    """Why ``routes`` ([rows, L_moe, K]) cannot be used, or None."""
-    if routes is None:
-        return "the engine returned no routes"
-    if len(routes) != num_rows:
-        return f"the engine returned routes of {len(routes)} tokens, {num_rows} were consumed"
-    if routes.size and int(routes.max()) >= num_experts:
-        return f"a route names expert {int(routes.max())} of {num_experts}"
-    ordered = np.sort(routes, axis=-1)
-    if (ordered[..., 1:] == ordered[..., :-1]).any():
-        return "a route names one expert twice: it was not recorded"
-    return None
 
 
 class Engine:

@@ -1,4 +1,5 @@
-"""What crosses between episodes and the engine: a run of tokens to continue, and its continuation. No vLLM here."""
+"""What crosses between episodes and the engine: a run of tokens to continue, its continuation, and
+the check of its routes. No vLLM here."""
 
 from __future__ import annotations
 
@@ -32,3 +33,17 @@ class SegmentResult:
     routed_experts: np.ndarray | None  # [P + n - 1 - routes_start, L_moe, K]; score: [P - 1, L_moe, K]
     finish_reason: str  # "stop" | "length"
     error: str | None = None
+
+
+def routes_problem(routes: np.ndarray | None, num_rows: int, num_experts: int) -> str | None:
+    """Why ``routes`` ([rows, L_moe, K]) cannot be used, or None."""
+    if routes is None:
+        return "the engine returned no routes"
+    if len(routes) != num_rows:
+        return f"the engine returned routes of {len(routes)} tokens, {num_rows} were consumed"
+    if routes.size and int(routes.max()) >= num_experts:
+        return f"a route names expert {int(routes.max())} of {num_experts}"
+    ordered = np.sort(routes, axis=-1)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        return "a route names one expert twice: it was not recorded"
+    return None

@@ -1,0 +1,226 @@
+"""After an update, every tensor of a running engine equals that of an engine freshly loaded from the same checkpoint.
+
+All engines live in one Ray actor, so that vLLM is imported once and its memory goes with the actor.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain import cluster
+from posttrain.config import Dtype, ModelConfig, OnUpdate, RayConfig, RolloutConfig
+from rollout import process
+from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
+
+pytestmark = pytest.mark.integration
+PROMPT = list(range(5, 35))
+
+
+class Host:
+    """Runs functions on one thread of a process of its own."""
+
+    def __init__(self) -> None:
+        process.prepare(0, 1)
+        self.thread = ThreadPoolExecutor(1)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.thread.submit(function, *arguments).result()
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., Any]]:
+    cluster.start(RayConfig(object_store_gb=0.2))
+    host = ray.remote(Host).options(num_cpus=0).remote()
+    yield lambda function, *arguments: ray.get(host.run.remote(function, *arguments))
+    cluster.stop()
+
+
+def perturbed(source: Path, out: Path, seed: int) -> str:
+    """``source`` with noise on every tensor, sinks, experts and expert bias included."""
+    shutil.copytree(source, out)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(out / "model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return str(out)
+
+
+def make_engine(path: str, dtype: Dtype, on_update: OnUpdate = OnUpdate.recompute) -> Any:
+    from rollout.engine import Engine
+
+    cfg = RolloutConfig(
+        max_model_len=256, dtype=dtype, on_update=on_update, vllm={"kv_cache_memory_bytes": 1 << 25}
+    )
+    return Engine(cfg, ModelConfig(path=path), seed=0)
+
+
+def add(
+    engine: Any, request_id: str, max_tokens: int, token_ids: list[int] | None = None, **more: Any
+) -> None:
+    from rollout.segment import Segment
+
+    ids = PROMPT if token_ids is None else token_ids
+    engine.add_request(Segment(request_id=request_id, token_ids=ids, max_tokens=max_tokens, **more))
+
+
+def finish(engine: Any) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    while engine.num_running:
+        results |= {result.request_id: result for result in engine.step()}
+    return results
+
+
+def differences_after_updates(
+    start: str, others: list[str], dtype: Dtype, in_flight: bool
+) -> list[list[str]]:
+    """Names of the tensors that differ from a fresh engine's, after each update."""
+    from rollout.checkpoint import read_checkpoint
+
+    engine, differing = make_engine(start, dtype), []
+    for version, path in enumerate(others, start=1):
+        fresh = make_engine(path, dtype).tensors()
+        for request in range(4 if in_flight else 0):
+            add(engine, f"{version}.{request}", max_tokens=100)
+            engine.step()
+        engine.update_weights(read_checkpoint(path, version))
+        updated = engine.tensors()
+        assert updated.keys() == fresh.keys()
+        differing.append([name for name in fresh if not np.array_equal(fresh[name], updated[name])])
+    errors = [result.error for result in finish(engine).values()]
+    assert errors == [None] * len(errors)
+    return differing
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+@pytest.mark.parametrize(
+    ("build", "dtype", "shape"),
+    [
+        (tiny_mimo, Dtype.bfloat16, {}),
+        (tiny_mimo, Dtype.bfloat16, {"moe_width": 48}),  # the CPU kernel pads the experts
+        (tiny_qwen3_moe, Dtype.float32, {}),
+        (tiny_dense, Dtype.float32, {}),
+    ],
+)
+def test_updated_engine_equals_a_fresh_one(
+    run: Callable[..., Any],
+    tmp_path: Path,
+    build: Callable[..., Path],
+    dtype: Dtype,
+    shape: dict[str, int],
+    in_flight: bool,
+) -> None:
+    start = build(tmp_path / "start", **shape)
+    others = [perturbed(start, tmp_path / f"other{seed}", seed) for seed in range(2)]
+    updates = [others[0], others[1], others[0]]
+    assert run(differences_after_updates, str(start), updates, dtype, in_flight) == [[], [], []]
+
+
+def differences_after_plain_reload(start: str, other: str) -> list[str]:
+    from rollout.checkpoint import read_checkpoint
+    from rollout.weights import bundle_tensors
+
+    fresh, engine = make_engine(other, Dtype.bfloat16).tensors(), make_engine(start, Dtype.bfloat16)
+    tensors = list(bundle_tensors(read_checkpoint(other, 1)))
+    engine.vllm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+    plain = engine.tensors()
+    return [name for name in fresh if not np.array_equal(fresh[name], plain[name])]
+
+
+def test_the_proof_finds_the_experts_that_vllm_leaves_unpacked(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    start = tiny_mimo(tmp_path / "start")
+    other = perturbed(start, tmp_path / "other", 0)
+    differing = run(differences_after_plain_reload, str(start), other)
+    assert any(name.endswith("w13_weight") for name in differing)
+
+
+def refuse_and_compare(start: str, other: str) -> tuple[str, bool, int]:
+    from rollout.checkpoint import read_checkpoint
+    from rollout.weights import WeightMismatch
+
+    engine = make_engine(start, Dtype.float32)
+    before = engine.tensors()
+    bundle = read_checkpoint(other, 1)
+    bundle.tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight")
+    message = ""
+    try:
+        engine.update_weights(bundle)
+    except WeightMismatch as error:
+        message = str(error)
+    after = engine.tensors()
+    return message, all(np.array_equal(before[name], after[name]) for name in before), engine.policy_version
+
+
+def test_a_bundle_that_does_not_fit_changes_nothing(run: Callable[..., Any], tmp_path: Path) -> None:
+    start = tiny_qwen3_moe(tmp_path / "start")
+    other = perturbed(start, tmp_path / "other", 0)
+    message, unchanged, version = run(refuse_and_compare, str(start), other)
+    assert "experts.3.up_proj" in message and unchanged and version == 0
+
+
+def generate_across_an_update(start: str, other: str, on_update: OnUpdate) -> dict[str, Any]:
+    """One request in flight over an update after 8 tokens, then one of the same prompt under the new weights."""
+    from rollout.checkpoint import read_checkpoint
+
+    engine = make_engine(start, Dtype.float32, on_update)
+    add(engine, "crossing", max_tokens=40, seed=1)
+    for _ in range(8):
+        engine.step()
+    engine.update_weights(read_checkpoint(other, 5))
+    add(engine, "later", max_tokens=10, seed=2)
+    results = finish(engine)
+    for name in ("crossing", "later"):
+        text = PROMPT + results[name].token_ids.tolist()
+        add(engine, f"{name} scored", 1, text, score=True)
+    return results | finish(engine)
+
+
+@pytest.mark.parametrize("on_update", list(OnUpdate))
+def test_requests_meet_an_update_by_rule(
+    run: Callable[..., Any], tmp_path: Path, on_update: OnUpdate
+) -> None:
+    start = tiny_qwen3_moe(tmp_path / "start")
+    other = perturbed(start, tmp_path / "other", 0)
+    results = run(generate_across_an_update, str(start), other, on_update)
+    crossing, later = results["crossing"], results["later"]
+    assert crossing.policy_versions.tolist() == [0] * 8 + [5] * (len(crossing.token_ids) - 8)
+    assert set(later.policy_versions.tolist()) == {5}
+    assert len(crossing.routed_experts) == len(PROMPT) + len(crossing.token_ids) - 1
+    new = results["crossing scored"].logprobs[len(PROMPT) :]
+    gap = np.abs(crossing.logprobs - new)
+    assert gap[:8].max() > 1e-3, "tokens before the update were sampled from the old weights"
+    if on_update is OnUpdate.recompute:
+        assert gap[8:].max() < 1e-4, "later tokens come from the new weights alone"
+    else:
+        assert gap[8:].max() > 1e-3, "the old KV stays under tokens in flight"
+    fresh = np.abs(later.logprobs - results["later scored"].logprobs[len(PROMPT) :])
+    assert fresh.max() < 1e-4, "a new request sees nothing of the old KV"
+
+
+def options_error(option: dict[str, Any]) -> str:
+    from rollout.engine import engine_options
+
+    try:
+        engine_options(RolloutConfig(vllm=option), ModelConfig(path="x"), 0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_engine_options_are_checked(run: Callable[..., Any]) -> None:
+    assert run(options_error, {"max_num_seqs": 4}) == ""
+    assert "rollout.vllm.max_num_seq=4" in run(options_error, {"max_num_seq": 4})
+    assert "set rollout.dtype instead" in run(options_error, {"dtype": "float16"})
+    assert "async_scheduling" in run(options_error, {"async_scheduling": True})
