@@ -1,7 +1,8 @@
 """num-zeros under DeepSpeed ZeRO 0 to 3, on one and two ranks, against brute force over whole gradients.
 
-Three batches: every expert used; one expert without tokens (ZeRO-3 would show it the gradient of the step before);
-that expert used in the second micro-batch only. Parameters of odd sizes force padding, one parameter is never used.
+Three batches: everything used; one expert and one whole parameter unused (as an expert is that has a parameter of its
+own: ZeRO-3 would show it the gradient of the step before); both used in the second micro-batch only. Odd sizes force
+padding, and one parameter is never used.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ BATCHES = ("all", "idle", "late")
 
 
 class Net(nn.Module):
-    """A tiny MoE and three parameters whose gradients are known: never used, used in part, of odd length."""
+    """A tiny MoE and three parameters of odd length: never used, used in part, used in some batches."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.unused = nn.Parameter(torch.ones(7))
         self.partial = nn.Parameter(torch.ones(13))
+        self.sometimes = nn.Parameter(torch.ones(11))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, use_cache=False).logits.square().mean() + self.partial[:5].sum()
+    def forward(self, tokens: Tensor, sometimes: bool) -> Tensor:
+        loss = self.model(tokens, use_cache=False).logits.square().mean() + self.partial[:5].sum()
+        return loss + self.sometimes.sum() if sometimes else loss
+
+
+def uses_all(batch: str, micro: int) -> bool:
+    return batch == "all" or (batch == "late" and micro == 1)
 
 
 def build() -> tuple[Net, Any]:
@@ -49,7 +56,7 @@ def data(batch: str, rank: int, micro: int, num_layers: int) -> tuple[Tensor, Te
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, 40, (2, 6), generator=generator)
     scores = torch.rand(2, 6, num_layers, 8, generator=generator)
-    if batch == "idle" or (batch == "late" and micro == 0):
+    if not uses_all(batch, micro):
         scores[..., IDLE] = -1
     return tokens, scores.topk(2).indices
 
@@ -61,7 +68,7 @@ def brute_force(net: Net, replay: Any, batch: str, num_ranks: int) -> dict[str, 
         for micro in range(MICRO_BATCHES):
             tokens, routes = data(batch, rank, micro, replay.num_layers)
             with replay.routes(routes):
-                (net(tokens) / num_ranks).backward()
+                (net(tokens, uses_all(batch, micro)) / num_ranks).backward()
     marks = {
         "experts": "routed_expert",
         "gate.": "router",
@@ -112,12 +119,12 @@ def run_rank(rank: int, num_ranks: int, folder: str) -> None:
         engine = engines.build(net, learner)
         engines.set_learning_rate(engine, 0.0)  # the weights stay those of the undivided model
         counter = NumZeros(engine)
-        for batch in (*BATCHES, "all", "idle"):
+        for batch in (*BATCHES, "all", "late", "idle"):
             for micro in range(MICRO_BATCHES):
                 engine.set_gradient_accumulation_boundary(micro == MICRO_BATCHES - 1)
                 tokens, routes = data(batch, rank, micro, replay.num_layers)
                 with replay.routes(routes):
-                    engine.backward(engine(tokens))
+                    engine.backward(engine(tokens, uses_all(batch, micro)))
             got = counter.count()
             assert got == pytest.approx(expected[batch], rel=1e-12), (stage, batch, got, expected[batch])
             engine.step()
