@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -13,10 +14,12 @@ from posttrain.config import EvalRun, PipelineRun, RolloutConfig, UserError
 from posttrain.data.sources import load_prompts
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
-from posttrain.records import Prompt, SamplingSettings
+from posttrain.records import GroupSummary, Prompt, SamplingSettings
 from posttrain.run_folder import RunFolder
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
+
+GROUPS_PER_CALL = 64  # groups that a reward worker gets at once
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,14 +116,17 @@ def _scores(
             cells[group_id := f"eval-{domain}-{i}"] = (domain, i)
             rollouts.submit(prompt, settings, group_id)
     scoring = []
-    waiting = set(cells)
-    while waiting:
-        finished = rollouts.wait(timeout_s=5.0)
+    finished: list[tuple[Any, GroupSummary]] = []
+    num_waiting = len(cells)
+    while num_waiting:
+        arrived = rollouts.wait(timeout_s=5.0)
         if lost := rollouts.pop_lost():
             raise UserError(f"evaluation: {len(lost)} prompts were given up: {rollouts.quarantined[-1]}")
-        if finished:
+        finished += arrived
+        num_waiting -= len(arrived)
+        if len(finished) >= GROUPS_PER_CALL or not num_waiting:
             scoring.append(([s.group_id for _, s in finished], rewards.score([r for r, _ in finished])))
-            waiting.difference_update(scoring[-1][0])
+            finished = []
     for group_ids, ref in scoring:
         for group_id, results in zip(group_ids, ray.get(ref), strict=True):
             for j, result in enumerate(results):

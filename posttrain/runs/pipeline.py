@@ -187,6 +187,7 @@ def evaluate_all(
                 else p
                 for d, p in held_out.items()
             }
+            print(f"evaluating {name} on {sum(map(len, prompts.values())):,} held-out prompts", flush=True)
             rollouts.load_checkpoint(path, version)
             folder.write_json(file, evaluate.evaluate(rollouts, rewards, prompts, sampled, greedy).to_json())
         scores[name] = evaluate.Scores.read(folder.path / file)
