@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from posttrain.config import RayConfig, UserError
 
 MIN_LOGICAL_CPUS = 16  # a small pipeline has about six actors, whatever the machine
+CONNECT_TIMEOUT_S = 10
 LOCAL_ENVIRONMENT = {
     # Ray's switch for clusters of one machine: every server then listens on 127.0.0.1 only.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -27,17 +29,17 @@ LOCAL_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
 }
 
-# Ends whatever still has a log of this Ray session open some seconds after the driver is gone: Ray's own agents would
+# Ends whatever (but the driver) still has a log of this Ray session open some seconds after the driver is gone: Ray's own agents would
 # stay for a minute, a worker that is stuck for ever. It notices the driver's end by the end of its standard input.
 WATCHER = """
 import os, sys, time
-session = sys.argv[1] + "/"
+session, driver = sys.argv[1] + "/", int(sys.argv[2])
 sys.stdin.read()
 time.sleep(5)
 for pid in filter(str.isdigit, os.listdir("/proc")):
     try:
         files = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
-        if int(pid) != os.getpid() and any(f.startswith(session) for f in files):
+        if int(pid) not in (os.getpid(), driver) and any(f.startswith(session) for f in files):
             os.kill(int(pid), 9)
     except OSError:
         pass
@@ -105,7 +107,7 @@ def _start_local(cfg: RayConfig) -> None:
 def _watch(session_dir: str) -> None:
     global _watcher
     _watcher = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", WATCHER, os.path.realpath(session_dir)],
+        [sys.executable, "-I", "-S", "-c", WATCHER, os.path.realpath(session_dir), str(os.getpid())],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in the terminal must not end it
     )
@@ -114,6 +116,7 @@ def _watch(session_dir: str) -> None:
 def _join(cfg: RayConfig) -> None:
     import ray
 
+    _knock(str(cfg.address))
     try:  # another machine is the other side
         ray.init(
             address=cfg.address,
@@ -122,11 +125,26 @@ def _join(cfg: RayConfig) -> None:
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(import_roots())}},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"ray.address={cfg.address!r}: cannot be joined ({reason}); start Ray there with `ray start --head`,"
-            " set RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for a token, or leave ray.address out to use this machine"
-        ) from error
+        raise _unreachable(str(cfg.address), error) from error
+
+
+def _knock(address: str) -> None:
+    """Whether anybody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" or a name that Ray resolves
+    try:  # another machine is the other side
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"ray.address={address!r}: cannot be joined ({reason}); start Ray there with `ray start --head`,"
+        " set RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for a token, or leave ray.address out to use this machine"
+    )
 
 
 def _reread_environment() -> None:

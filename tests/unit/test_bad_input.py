@@ -218,16 +218,13 @@ def test_gpu_that_is_not_there(place, capsys):
     assert found.startswith("rollout.num_gpus_per_worker=1: 64 workers need 64 GPUs and this machine has")
 
 
-def test_port_that_is_not_there(place, capsys, monkeypatch):
-    """The address is tried before anything else starts."""
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "not an address"])
+def test_port_that_is_not_there(place, capsys, monkeypatch, address):
     from posttrain import cluster
     from posttrain.config import RayConfig
 
-    def start(command, cfg):
-        cluster.start(RayConfig(address="not an address"))
-
-    monkeypatch.setattr(cli, "_start", start)
-    assert rl(capsys).startswith("ray.address='not an address': cannot be joined")
+    monkeypatch.setattr(cli, "_start", lambda command, cfg: cluster.start(RayConfig(address=address)))
+    assert rl(capsys).startswith(f"ray.address={address!r}: cannot be joined")
 
 
 def test_no_shared_memory(place, capsys, monkeypatch):
