@@ -66,18 +66,17 @@ def load(config: ModelConfig, folder: Path, dtype: torch.dtype) -> nn.Module:
     where = f"model.path={config.path!r}"
     if "quantization_config" in read_config(folder):
         raise UserError(f"{where}: a quantized checkpoint cannot be trained; give the unquantized one")
-    options: dict[str, Any] = {"attn_implementation": config.attn_implementation}
-    if config.experts_implementation is not None:
-        options["experts_implementation"] = config.experts_implementation
     try:  # the checkpoint is the other side
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
             output_loading_info=True,
-            **options,
         )
+        if config.experts_implementation is not None and model._can_set_experts_implementation():
+            model.set_experts_implementation(config.experts_implementation)
     except Exception as error:
         raise UserError(f"{where}: cannot be loaded ({type(error).__name__}: {_line(error)})") from error
     missing = sorted(info["missing_keys"])
