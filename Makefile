@@ -12,8 +12,8 @@ help: ## list the targets
 setup: ## make .venv from the locked lists (GPU=1: the NVIDIA list)
 	@bash scripts/setup.sh
 
-demo: setup ## SFT, two RL teachers and their distillation on a tiny model (QUICK=1: shorter; SEED=0; OUT=folder)
-	@$(PY) examples/tiny/demo.py
+demo: setup ## SFT, one RL teacher per domain and MOPD on a tiny model (QUICK=1: shorter; SEED=0; OUT=folder)
+	@$(PY) -m examples.tiny.demo
 
 test: setup ## all tests that need no GPU and are not slow
 	@$(PY) -m pytest -m "not gpu and not slow" -q
