@@ -91,7 +91,7 @@ def build(
     num_sft: int = 32_000,
     num_prompts: int = 2_000,
     num_valid: int = 300,
-    num_heldout: int = 600,
+    num_heldout: int = 500,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of every file. ``num_sft`` is over all domains (shares as in `WORLDS`), the others are per domain."""
     sizes = dict(zip(SPLITS, (num_prompts, num_valid, num_heldout), strict=True))
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--num-sft", type=int, default=32_000, help="demonstrations, all domains together")
     parser.add_argument("--num-prompts", type=int, default=2_000, help="RL and MOPD prompts per domain")
     parser.add_argument("--num-valid", type=int, default=300, help="validation prompts per domain")
-    parser.add_argument("--num-heldout", type=int, default=600, help="held-out prompts per domain")
+    parser.add_argument("--num-heldout", type=int, default=500, help="held-out prompts per domain")
     arguments = vars(parser.parse_args())
     for name, path in make(**arguments).items():
         print(f"{path}  ({sum(1 for _ in path.open())} rows)", flush=True)
