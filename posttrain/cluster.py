@@ -29,7 +29,7 @@ LOCAL_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
 }
 
-# Ends whatever (but the driver) still has a log of this Ray session open some seconds after the driver is gone: Ray's own agents would
+# Ends whatever still has a log of this Ray session open some seconds after the driver is gone: Ray's own agents would
 # stay for a minute, a worker that is stuck for ever. It notices the driver's end by the end of its standard input.
 WATCHER = """
 import os, sys, time
@@ -71,8 +71,8 @@ def stop() -> None:
 
     ray.shutdown()
     if _watcher is not None:
-        assert _watcher.stdin is not None
-        _watcher.stdin.close()  # it looks once more, and ends
+        _watcher.kill()
+        _watcher.wait()
         _watcher = None
 
 
