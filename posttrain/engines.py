@@ -6,6 +6,7 @@ alive with the same shape is reset instead of started, so that a pipeline pays f
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -91,13 +92,12 @@ class Engines:
         """Reward workers for these domains."""
         from rewards.pool import RewardPool
 
-        key = (cfg, sorted(domains))
-        if self._rewards is not None and self._rewards_key == key:
+        if self._rewards is not None and self._rewards_key[0] == cfg and set(domains) <= self._rewards_key[1]:
             return self._rewards
         if self._rewards is not None:
             self._rewards.shutdown()
         self._rewards = RewardPool.start(cfg, domains)
-        self._rewards_key = key
+        self._rewards_key = (cfg, set(domains))
         return self._rewards
 
     def teachers(self, cfg: TeacherWorkerConfig, model: ModelConfig, paths: dict[str, str]) -> TeacherPool:
@@ -126,9 +126,12 @@ class Engines:
 
 
 def _architecture(path: str) -> str:
-    """The text of config.json: models that share it have the same shape."""
+    """The content of config.json but for its dtype: models that share it have the same shape."""
     config = Path(path) / "config.json"
-    return config.read_text() if config.exists() else path
+    if not config.exists():
+        return path
+    content = json.loads(config.read_text())
+    return json.dumps({k: v for k, v in content.items() if k not in ("dtype", "torch_dtype")}, sort_keys=True)
 
 
 def _without_path(model: ModelConfig) -> dict[str, Any]:

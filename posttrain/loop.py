@@ -67,6 +67,9 @@ class Wave:
     step: int
     waiting: set[str]
     done: list[Collected] = field(default_factory=list)
+    dropped: list[Collected] = field(
+        default_factory=list
+    )  # equal rewards, replaced; in the metrics, not in the loss
 
 
 class PolicyLoop:
@@ -126,7 +129,8 @@ class PolicyLoop:
         self.rollout_every_steps = rollout_every_steps
         self.waves: dict[int, Wave] = {}
         self.wave_of: dict[str, int] = {}
-        self.num_quarantined = 0
+        self.num_quarantined = len(rollouts.quarantined)  # of former stages on the same workers
+        self.checked_teachers: set[str] = set()
 
     def run(self, first_step: int) -> None:
         """Train steps ``first_step .. algorithm.steps`` (1-indexed, inclusive)."""
@@ -138,11 +142,11 @@ class PolicyLoop:
                 for ahead in range(step, min(step + self.algorithm.max_off_policy_steps, last_step) + 1):
                     self.submit_wave(ahead)
                 wave = self.collect(step, clock)
-            if step == 1 and self.teachers is not None:
+            if self.teachers is not None:
                 self.check_teachers(wave)
             samples, metrics = self.batch(wave, step)
             is_sampled_step = step % self.rollout_every_steps == 0 or step == last_step
-            if is_sampled_step and self.learner.info.num_moe_layers:
+            if is_sampled_step and self.rollouts.info.records_routes:
                 with clock("mismatch"):  # before the update: this policy sampled this batch
                     mismatch = self.learner.mismatch(samples)
                 metrics |= {f"replay_check/{name}": value for name, value in mismatch.items()}
@@ -191,6 +195,7 @@ class PolicyLoop:
                 break
             spare -= len(equal)
             self.scheduler.trained(c.summary.group_id for c in equal)
+            wave.dropped += equal
             wave.done = [c for c in wave.done if c not in equal]
             self.submit(wave, len(equal))
         # Finished groups come in the order of their luck; the order of drawing makes a batch reproducible.
@@ -246,14 +251,17 @@ class PolicyLoop:
         assert len(ready) == len(refs)
 
     def check_teachers(self, wave: Wave) -> None:
-        """Before the first update: how far each teacher is from the student on the student's own samples.
+        """Before a domain's first update: how far its teacher is from the student on the student's own samples.
 
         Raises:
             UserError: a teacher is further away than ``max_teacher_gap``.
         """
         by_domain: dict[str, list[Collected]] = defaultdict(list)
         for collected in wave.done:
-            if collected.summary.statuses[0] in TRAINABLE:
+            if (
+                collected.summary.statuses[0] in TRAINABLE
+                and collected.summary.domain not in self.checked_teachers
+            ):
                 by_domain[collected.summary.domain].append(collected)
         for domain, members in by_domain.items():
             scores = ray.get(members[0].teacher_ref)
@@ -267,6 +275,7 @@ class PolicyLoop:
                 self.max_teacher_gap,
             )
             self.tracker.event("preflight", **row)
+            self.checked_teachers.add(domain)
 
     def is_equal(self, collected: Collected) -> bool:
         """True when the outcome advantage of every member is zero, so that the group teaches nothing."""
@@ -345,19 +354,27 @@ class PolicyLoop:
     # Update weights -------------------------------------------------------------------------------------------
 
     def update_weights(self, policy_version: int) -> dict[str, float]:
-        """Push the learner's weights to every rollout worker and prove on the probe texts that they arrived.
+        """Push the learner's weights to every rollout worker, and compare each engine with the learner on the probe texts.
 
         Raises:
             RuntimeError: engine and learner disagree on the probe texts by more than the tolerance.
         """
         bundle = self.learner.export_weights(policy_version, self.rollout_dtype)
         self.rollouts.update_weights(bundle, policy_version)
-        engine, routes = self.rollouts.score(self.probe_texts)
-        policy = self.learner.logprobs(self.probe_texts, routes)
-        gap = np.concatenate([np.abs(a - b)[1:] for a, b in zip(engine, policy, strict=True)])
-        if not float(gap.mean()) <= self.probe_tolerance:  # also true for NaN
+        texts, engine, routes = [], [], []
+        for worker in range(self.rollouts.num_workers):
+            logprobs, routed_experts = self.rollouts.score(self.probe_texts, worker)
+            texts += self.probe_texts
+            engine += logprobs
+            routes += routed_experts
+        policy = self.learner.logprobs(texts, routes)
+        gaps = [np.abs(a - b)[1:] for a, b in zip(engine, policy, strict=True)]
+        by_worker = np.array_split(np.array([g.mean() for g in gaps]), self.rollouts.num_workers)
+        worst = max(float(part.mean()) for part in by_worker)
+        gap = np.concatenate(gaps)
+        if not all(part.mean() <= self.probe_tolerance for part in by_worker):  # also true for NaN
             raise RuntimeError(
-                f"policy version {policy_version}: engine and learner disagree by {gap.mean():.4f} nat per token on the "
+                f"policy version {policy_version}: an engine and the learner disagree by {worst:.4f} nat per token on the "
                 f"probe texts (rollout.probe_tolerance={self.probe_tolerance}); the engine does not hold the learner's weights"
             )
         return {"probe/mean_abs": float(gap.mean()), "probe/max_abs": float(gap.max())}
@@ -382,7 +399,8 @@ class PolicyLoop:
 def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:
     """Rewards, lengths, truncation and age of a wave, overall and per domain."""
     values: dict[str, list[float]] = defaultdict(list)
-    for collected in wave.done:
+    sampled = wave.done + wave.dropped
+    for collected in sampled:
         summary = collected.summary
         for i, status in enumerate(summary.statuses):
             both = ("all", summary.domain)
@@ -394,9 +412,11 @@ def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:
                     values[f"reward/{name}"].append(collected.rewards[i].reward)
         values[f"share/prompts/{summary.domain}"].append(1.0)
     metrics = {k: float(np.mean(v)) for k, v in values.items() if not k.startswith("share/")}
-    metrics |= {k: sum(v) / len(wave.done) for k, v in values.items() if k.startswith("share/")}
-    metrics["tokens/all"] = float(sum(sum(c.summary.num_loss_tokens) for c in wave.done))
-    metrics["policy_age/max"] = float(max(step - 1 - c.summary.min_policy_version for c in wave.done))
+    metrics |= {k: sum(v) / len(sampled) for k, v in values.items() if k.startswith("share/")}
+    metrics["tokens/all"] = float(sum(sum(c.summary.num_loss_tokens) for c in sampled))
+    metrics["policy_age/max"] = float(max(step - 1 - c.summary.min_policy_version for c in sampled))
+    if wave.dropped:
+        metrics["reward/dropped_groups"] = float(len(wave.dropped))
     return metrics
 
 

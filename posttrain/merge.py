@@ -24,7 +24,7 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 def average(paths: list[str], out: str) -> None:
     """Write the mean of the checkpoints ``paths`` to the new folder ``out``, with config and tokenizer of the first.
 
-    The folder appears whole or not at all. Raises `UserError` when names, shapes or types differ, when an integer
+    Types may differ: the mean is taken in float32 and has the type of the first. The folder appears whole or not at all. Raises `UserError` when names or shapes differ, when an integer
     tensor differs, or when ``out`` is there already.
     """
     from safetensors.torch import save_file
@@ -68,10 +68,10 @@ def _check_equal_layout(paths: list[str], checkpoints: list[dict[str, TensorEntr
                 f" {paths[0]!r}; average checkpoints of one architecture"
             )
         for name, entry in first.items():
-            if (entry.shape, entry.dtype) != (other[name].shape, other[name].dtype):
+            if entry.shape != other[name].shape:
                 raise UserError(
-                    f"paths={path!r}: {name!r} is {other[name].dtype}{list(other[name].shape)} there and"
-                    f" {entry.dtype}{list(entry.shape)} in {paths[0]!r}; average checkpoints of one architecture and type"
+                    f"paths={path!r}: {name!r} is {list(other[name].shape)} there and"
+                    f" {list(entry.shape)} in {paths[0]!r}; average checkpoints of one architecture"
                 )
 
 

@@ -114,6 +114,11 @@ class RolloutPool:
         return self.infos[0]
 
     @property
+    def num_workers(self) -> int:
+        """Engines of this pool."""
+        return len(self._workers)
+
+    @property
     def num_in_flight(self) -> int:
         """Groups that were submitted and neither returned nor lost."""
         return len(self._backlog) + len(self._in_flight)

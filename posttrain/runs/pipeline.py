@@ -6,11 +6,13 @@ is finished and resumes what is not. The processes live from the first stage to 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from posttrain.config import MOPDRun, PipelineRun, RLRun, RunConfig, SFTRun, TeacherTraining
@@ -25,6 +27,8 @@ from posttrain.report.table import print_summary
 from posttrain.run_folder import RunFolder
 from posttrain.runs import evaluate, mopd, rl, sft
 from posttrain.tracking.jsonl import read_jsonl
+from teachers.checkpoint import locate, read_tensors
+from teachers.fingerprint import fingerprint
 
 
 def run(cfg: PipelineRun) -> None:
@@ -49,11 +53,9 @@ def run(cfg: PipelineRun) -> None:
         with stopwatch("mopd"):
             student = mopd.run(mopd_config(cfg, sft_model, teachers), engines)
         with stopwatch("average_merge"):
-            merged = str(folder.path / "average_merge")
-            if not (Path(merged) / "config.json").exists():
-                average([teachers[d] for d in domains], merged)
+            merged = average_merge(folder, [teachers[d] for d in domains])
         with stopwatch("evaluate"):
-            models = {"sft": sft_model, "mopd": student, "average_merge": merged}
+            models = {"sft": sft_model, "mopd": student} | ({"average_merge": merged} if merged else {})
             models |= {teacher_name(d): path for d, path in teachers.items()}
             scores = evaluate_all(cfg, engines, folder, held_out, models)
 
@@ -144,7 +146,6 @@ def rl_config(cfg: PipelineRun, domain: str, sft_model: str) -> RLRun:
         rollout=cfg.rollout,
         rewards=cfg.rewards,
         environments=cfg.environments,
-        eval=cfg.eval,
     )
 
 
@@ -156,10 +157,25 @@ def mopd_config(cfg: PipelineRun, sft_model: str, teachers: dict[str, str]) -> M
         rollout=cfg.rollout,
         rewards=cfg.rewards,
         environments=cfg.environments,
-        eval=cfg.eval,
         teachers={d: replace(cfg.teachers[d], path=path) for d, path in teachers.items()},
         teacher_workers=cfg.teacher_workers,
     )
+
+
+def average_merge(folder: RunFolder, teachers: list[str]) -> str | None:
+    """The parameter average of the teachers, made anew when a teacher changed; None where their shapes differ."""
+    layouts = [read_tensors(locate(path, "teachers"), "teachers") for path in teachers]
+    shapes = [{name: entry.shape for name, entry in layout.items()} for layout in layouts]
+    if any(other != shapes[0] for other in shapes):
+        print("average_merge: left out, because the teachers differ in shape", flush=True)
+        return None
+    merged = folder.path / "average_merge"
+    inputs = [fingerprint(path, "teachers") for path in teachers]
+    if folder.read_json("average_merge.json") != inputs:
+        shutil.rmtree(merged, ignore_errors=True)
+        average(teachers, str(merged))
+        folder.write_json("average_merge.json", inputs)
+    return str(merged)
 
 
 def evaluate_all(
@@ -169,27 +185,42 @@ def evaluate_all(
     held_out: dict[str, list[Prompt]],
     models: dict[str, str],
 ) -> dict[str, evaluate.Scores]:
-    """Scores of every model, each kept on disk as soon as it is there.
+    """Scores of every model, each kept on disk with what it was measured on, so that a changed model, prompt, reward
+    or setting is measured again.
 
     SFT, student and merge see every held-out prompt; a teacher sees all of its own domain and
     ``eval.cross_num_prompts`` of the others.
     """
-    rollouts = engines.rollouts(cfg.rollout, cfg.model, cfg.environments, cfg.seed)
     rewards = engines.rewards(cfg.rewards, sorted(cfg.teachers))
     sampled, greedy = evaluate.eval_settings(cfg)
     scores = {}
     for version, (name, path) in enumerate(models.items()):
+        prompts = {
+            d: p[: cfg.eval.cross_num_prompts]
+            if name.startswith("teacher") and name != teacher_name(d)
+            else p
+            for d, p in held_out.items()
+        }
+        measured_on = {
+            "model": fingerprint(path, name),
+            "settings": [asdict(sampled), asdict(greedy) if greedy else None],
+            "prompts": hashlib.sha256(
+                json.dumps([[q.prompt_id for q in p] for p in prompts.values()]).encode()
+            ).hexdigest(),
+            "rewards": cfg.rewards,
+            "environments": cfg.environments,
+        }
         file = f"eval/{name.replace('/', '_')}.json"
-        if folder.read_json(file) is None:
-            prompts = {
-                d: p[: cfg.eval.cross_num_prompts]
-                if name.startswith("teacher") and name != teacher_name(d)
-                else p
-                for d, p in held_out.items()
-            }
+        former = folder.read_json(file)
+        if former is None or former["measured_on"] != measured_on:
             print(f"evaluating {name} on {sum(map(len, prompts.values())):,} held-out prompts", flush=True)
+            # A teacher of another shape gets engines of its own; all others share the living ones.
+            rollouts = engines.rollouts(
+                cfg.rollout, replace(cfg.model, path=path), cfg.environments, cfg.seed
+            )
             rollouts.load_checkpoint(path, version)
-            folder.write_json(file, evaluate.evaluate(rollouts, rewards, prompts, sampled, greedy).to_json())
+            result = evaluate.evaluate(rollouts, rewards, prompts, sampled, greedy)
+            folder.write_json(file, {"measured_on": measured_on} | result.to_json())
         scores[name] = evaluate.Scores.read(folder.path / file)
     return scores
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import asdict
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +14,7 @@ from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
 from posttrain.loop import PolicyLoop
 from posttrain.records import LossSettings, Prompt, SamplingSettings
-from posttrain.run_folder import RunFolder
+from posttrain.run_folder import RunFolder, plain
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
@@ -65,7 +64,7 @@ def run_policy(
             scheduler.load_state(checkpoint.state["scheduler"])
             first_step = checkpoint.step + 1
         with Tracker(
-            folder.path, cfg.tracking, cfg.name, asdict(cfg), cfg.algorithm.steps, first_step - 1, headline
+            folder.path, cfg.tracking, cfg.name, plain(cfg), cfg.algorithm.steps, first_step - 1, headline
         ) as tracker:
             loop = PolicyLoop(
                 algorithm=cfg.algorithm,
@@ -97,7 +96,7 @@ def run_policy(
 def replay_report(steps: list[dict[str, float]]) -> dict[str, float] | None:
     """What routing replay did in this run: the mean over the steps that measured it with and without, None without MoE.
 
-    Coverage is the smallest of all steps.
+    Coverage is the smallest of all steps, 0 where nothing was replayed.
     """
     prefix = "replay_check/"
     measured = [{k.removeprefix(prefix): v for k, v in s.items() if k.startswith(prefix)} for s in steps]
@@ -105,7 +104,7 @@ def replay_report(steps: list[dict[str, float]]) -> dict[str, float] | None:
     if not measured:
         return None
     report = {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}
-    report["coverage"] = min(s["replay/coverage"] for s in steps)
+    report["coverage"] = min((s["replay/coverage"] for s in steps if "replay/coverage" in s), default=0.0)
     return report | {"num_batches": len(measured)}
 
 
@@ -117,7 +116,7 @@ def training_prompts(cfg: RLRun | MOPDRun, tokenizer: PreTrainedTokenizerBase) -
 
 def max_prompt_tokens(cfg: PolicyRun) -> int:
     """Longest prompt that leaves room for one completion in the engine's context."""
-    return cfg.data.max_prompt_tokens or cfg.rollout.max_model_len - cfg.rollout.max_new_tokens
+    return cfg.rollout.max_model_len - cfg.rollout.max_new_tokens
 
 
 def by_source(prompts: list[Prompt]) -> dict[str, list[Prompt]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import ray
 
-from posttrain.config import SFTRun
+from posttrain.config import SFTRun, UserError
 from posttrain.data.sources import load_conversations, sources_of
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
 from posttrain.loop import Clock
 from posttrain.records import LossSettings, SampleRef, TrainingSample
-from posttrain.run_folder import RunFolder
+from posttrain.run_folder import RunFolder, plain
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
 
@@ -40,7 +40,7 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
             folder.path,
             cfg.tracking,
             cfg.name,
-            asdict(cfg),
+            plain(cfg),
             cfg.algorithm.steps,
             first_step - 1,
             ["loss", "grad_norm"],
@@ -68,8 +68,11 @@ def conversations(cfg: SFTRun) -> tuple[dict[str, list[TrainingSample]], dict[st
     by_source, weights = {}, {}
     for name, source in sources_of(cfg.data).items():
         data = replace(cfg.data, path=None, sources={name: source})
-        by_source[name] = load_conversations(data, tokenizer, cfg.algorithm.max_tokens, domain=cfg.domain)
+        samples = load_conversations(data, tokenizer, cfg.algorithm.max_tokens)
+        by_source[name] = [s for s in samples if cfg.domain in (None, s.domain)]
         weights[name] = source.weight
+    if not any(by_source.values()):
+        raise UserError(f"domain={cfg.domain!r}: no conversation of that domain in data.sources")
     return by_source, weights
 
 
