@@ -50,14 +50,19 @@ class LearnerGroup:
         return self._info
 
     def reset(self, learner: LearnerConfig, model: ModelConfig, total_steps: int, seed: int) -> PolicyInfo:
-        """A new stage in the living processes: as if started afresh, without the imports. The number of ranks stays."""
+        """A new stage in the living processes: as if started afresh, without the imports. Ranks and GPUs stay."""
         if learner.num_ranks != len(self._ranks):
             raise UserError(
                 f"learner.num_ranks={learner.num_ranks}: the learner runs with {len(self._ranks)}; "
                 "use the same number in every stage"
             )
-        self.learner = learner
+        if learner.num_gpus_per_rank != self.learner.num_gpus_per_rank:
+            raise UserError(
+                f"learner.num_gpus_per_rank={learner.num_gpus_per_rank!r}: the learner runs with"
+                f" {self.learner.num_gpus_per_rank!r}; use the same in every stage"
+            )
         self._info = self._call("reset", learner, model, total_steps, seed)[0]
+        self.learner = learner
         return self._info
 
     def train_step(
@@ -182,14 +187,18 @@ def _scored(token_ids: np.ndarray, routes: np.ndarray | None) -> TrainingSample:
     )
 
 
-def _num_gpus(learner: LearnerConfig) -> int:
-    """GPUs of a rank: 1 where Ray has any, else 0."""
-    available = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < available < learner.num_ranks:
+def _num_gpus(learner: LearnerConfig) -> float:
+    """GPUs of a rank: what the config says, else 1 where Ray has any, else 0."""
+    available = ray.cluster_resources().get("GPU", 0.0)
+    each = learner.num_gpus_per_rank
+    if each is None:
+        each = 1.0 if available else 0.0
+    if each and available < learner.num_ranks:
         raise UserError(
-            f"learner.num_ranks={learner.num_ranks}: Ray has {available} GPUs; use that many or fewer"
+            f"learner.num_ranks={learner.num_ranks}: every rank needs a GPU of its own and Ray has {available:g};"
+            " use that many ranks or fewer, or learner.num_gpus_per_rank=0"
         )
-    return 1 if available else 0
+    return each
 
 
 def _threads(learner: LearnerConfig) -> int:

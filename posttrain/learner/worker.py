@@ -26,7 +26,7 @@ from posttrain.learner.metrics import Totals, agree
 from posttrain.learner.moe import balance
 from posttrain.learner.moe.replay import RouterReplay
 from posttrain.learner.monitors.num_zeros import NumZeros
-from posttrain.learner.optimizer import learning_rate
+from posttrain.learner.optimizer import batch_rates
 from posttrain.learner.policy import Policy, check_packable, num_parameters
 from posttrain.learner.samples import Expected, fetch
 from posttrain.records import LossSettings, PolicyInfo, SampleRef, TrainingSample, WeightBundle
@@ -130,7 +130,8 @@ class LearnerWorker:
     # ---- training ----
 
     def train_step(self, batch: RankBatch, loss: LossSettings, step: int, updates: int) -> dict[str, float]:
-        """``updates`` optimizer steps on one batch; metrics of the whole batch, the same on every rank.
+        """``updates`` optimizer steps on one batch; metrics of the whole batch, the same on every rank. ``lr``,
+        ``grad_norm`` and the zeros are those of the last update.
 
         Raises `RecordError` for a bad record and `NonFiniteGradientError`, both before weights change.
         """
@@ -139,9 +140,9 @@ class LearnerWorker:
         self.engine.train()
         old = [self._score(b) for b in micro_batches] if updates > 1 else [None] * len(micro_batches)
         totals, metrics = Totals(), {}
-        for _ in range(updates):
+        for rate in batch_rates(self.learner, step, updates, self.total_steps):
             counts = self._accumulate(micro_batches, old, batch, loss, totals)
-            metrics = self._update(step, totals, counts)
+            metrics = self._update(step, rate, counts)
         for micro_batch in micro_batches:
             totals.add_sum("num_tokens", int(micro_batch.token_mask.sum()))
             totals.add_sum("num_loss_tokens", len(micro_batch.target_ids))
@@ -188,7 +189,7 @@ class LearnerWorker:
                     totals.add_mean("replay/route_mismatch", *live.route_mismatch())
         return counts
 
-    def _update(self, step: int, totals: Totals, counts: Tensor | None) -> dict[str, float]:
+    def _update(self, step: int, rate: float, counts: Tensor | None) -> dict[str, float]:
         """Checks the gradient, counts its zeros, steps, clears it, moves the expert bias."""
         norm = engine.gradient_norm(self.engine)
         if not np.isfinite(norm):
@@ -198,7 +199,6 @@ class LearnerWorker:
                 "Lower learner.lr or look for bad records in the batch"
             )
         zeros = self.num_zeros.count()
-        rate = learning_rate(self.learner, step, self.total_steps)
         engine.set_learning_rate(self.engine, rate)
         self.engine.step()
         engine.clear_gradients(self.engine)
@@ -237,9 +237,9 @@ class LearnerWorker:
         """
         settings = LossSettings(kind="policy_gradient", beta=0.0, alpha=0.0)
         totals = Totals()
-        for micro_batch in self._micro_batches(batch, self._expected(settings, self.replay is not None)):
+        for micro_batch in self._micro_batches(batch, self._expected(settings, self._replays(settings))):
             self._add_mismatch(totals, micro_batch, "")
-            if self.replay is not None and self.replay.last is not None:
+            if micro_batch.routes is not None and self.replay is not None and self.replay.last is not None:
                 totals.add_mean("coverage", *self.replay.last.coverage())
                 totals.add_mean("route_mismatch", *self.replay.last.route_mismatch())
             self._add_mismatch(totals, replace(micro_batch, routes=None), "_without")

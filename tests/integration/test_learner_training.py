@@ -145,7 +145,7 @@ def plain(
                 chosen = logprobs[torch.from_numpy(sample.loss_mask[1:])]
                 loss = -(WEIGHT * float(sample.orm_advantages[0]) * chosen).sum()
                 loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         losses.append(total)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
@@ -230,7 +230,7 @@ def test_bad_records_and_gradients_change_nothing(two: LearnerGroup, models: dic
     after = exported(two)
     assert all(torch.equal(before[name], after[name]) for name in before)
     metrics = two.train_step(references(BATCHES[1]), RL, 2)
-    assert metrics["loss"] == pytest.approx(metrics["loss"]) and metrics["replay/coverage"] == 1.0
+    assert np.isfinite(metrics["loss"]) and metrics["replay/coverage"] == 1.0
     two.train_step(references(bare), SFT, 3)  # SFT replays nothing
 
 
