@@ -169,16 +169,15 @@ def test_experts_outside_the_set_get_no_router_gradient(name: str) -> None:
             assert (grad[6:] != 0).any(dim=1).all()
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_activation_checkpointing_recomputes_with_the_same_routes(name: str, reentrant: bool) -> None:
+def test_activation_checkpointing_recomputes_with_the_same_routes(name: str) -> None:
     family, _, _ = attached(name)
     grads = []
-    for checkpointing in (False, True):
+    for reentrant in (None, True, False):
         model = family.build().train()
         replay = RouterReplay.attach(model)
         assert replay is not None
-        if checkpointing:
+        if reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         routes = random_routes(replay.num_layers)
         model.get_input_embeddings().weight.requires_grad_(True)
@@ -188,9 +187,10 @@ def test_activation_checkpointing_recomputes_with_the_same_routes(name: str, ree
         assert replay.last is not None
         assert (replay.last.counts_LE.sum(1) == B * T * TOP_K).all()  # the second run counts nothing twice
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for key, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][key], grad, rtol=1e-4, atol=1e-7)
+    for recomputed in grads[1:]:
+        assert grads[0].keys() == recomputed.keys()
+        for key, grad in grads[0].items():
+            torch.testing.assert_close(recomputed[key], grad, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", REFUSED)
