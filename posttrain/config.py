@@ -24,6 +24,20 @@ def require(condition: bool, key: str, value: Any, way_out: str) -> None:
         raise UserError(f"{key}={value!r}: {way_out}")
 
 
+def require_at_least(low: float, section: str, values: Any, *names: str) -> None:
+    """`require` that fields of ``values`` are ``low`` or more; None stands for "not given" and passes."""
+    for name in names:
+        value = getattr(values, name)
+        require(value is None or value >= low, f"{section}.{name}", value, f"give {low:g} or more")
+
+
+def require_above(low: float, section: str, values: Any, *names: str) -> None:
+    """`require` that fields of ``values`` are more than ``low``."""
+    for name in names:
+        value = getattr(values, name)
+        require(value > low, f"{section}.{name}", value, f"give more than {low:g}")
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -134,6 +148,9 @@ class DataConfig:
     max_prompt_tokens: int | None = None
     """Prompts longer than this are refused (or skipped, see on_bad_row); null: what the context leaves room for."""
 
+    def __post_init__(self) -> None:
+        require_at_least(1, "data", self, "max_prompt_tokens")
+
 
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
@@ -179,6 +196,9 @@ class RolloutConfig:
             "training rollouts are sampled at temperature 1 (evaluation has eval.temperature)",
         )
         require(self.top_p == 1.0, "rollout.top_p", self.top_p, "training rollouts are sampled at top_p 1")
+        require_at_least(1, "rollout", self, "max_model_len", "cores_per_worker")
+        require_at_least(0, "rollout", self, "max_retries", "num_gpus_per_worker")
+        require_above(0, "rollout", self, "probe_tolerance")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -196,7 +216,7 @@ class LearnerConfig:
     min_lr_ratio: float = 0.0
     """Last learning rate as a share of the peak (cosine, linear)."""
     warmup_steps: int = 10
-    """Linear warm-up from 0."""
+    """Optimizer steps of linear warm-up from 0."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -214,7 +234,7 @@ class LearnerConfig:
     expert_bias_rate: float = 0.0
     """gamma of the aux-loss-free bias update, once per optimizer step; 0 leaves the bias alone."""
     aux_loss_coef: float = 0.0
-    """Coefficient of the sequence-wise balance loss."""
+    """SFT only: coefficient of the sequence-wise balance loss."""
     freeze_router: bool = False
     """No gradient for router weights."""
     gradient_checkpointing: bool = False
@@ -223,6 +243,8 @@ class LearnerConfig:
     """Tokens whose logits exist at once; bounds the memory of the vocabulary softmax."""
     cores_per_rank: int | None = None
     """Torch threads of a rank (CPU only); null: all cores divided by the number of ranks."""
+    num_gpus_per_rank: float | None = None
+    """GPUs of each rank; null: 1 where there are GPUs; 0.5 shares one GPU with an engine."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Passed to DeepSpeed under its own option names; keys that this config owns are refused."""
 
@@ -230,7 +252,22 @@ class LearnerConfig:
         require(self.num_ranks >= 1, "learner.num_ranks", self.num_ranks, "at least one rank is needed")
         require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
         require(self.lr > 0, "learner.lr", self.lr, "give a positive learning rate")
-        require(len(self.betas) == 2, "learner.betas", self.betas, "give two numbers")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "learner.betas",
+            self.betas,
+            "give two numbers from 0 to below 1",
+        )
+        require(
+            0 <= self.min_lr_ratio <= 1, "learner.min_lr_ratio", self.min_lr_ratio, "give a share from 0 to 1"
+        )
+        require_at_least(
+            1, "learner", self, "max_tokens_per_micro_batch", "logprob_chunk_tokens", "cores_per_rank"
+        )
+        require_at_least(0, "learner", self, "warmup_steps", "weight_decay", "grad_clip", "pack_tokens")
+        require_at_least(0, "learner", self, "expert_bias_rate", "aux_loss_coef")
+        require_above(0, "learner", self, "eps")
+        self._check_gpus()
         for key in (
             "gradient_accumulation_steps",
             "train_batch_size",
@@ -245,6 +282,21 @@ class LearnerConfig:
                 "the learner sets this itself; remove the key",
             )
 
+    def _check_gpus(self) -> None:
+        each = self.num_gpus_per_rank
+        require(
+            each is None or 0 <= each <= 1,
+            "learner.num_gpus_per_rank",
+            each,
+            "a rank uses one GPU; give 1, a fraction of 1, or 0 for the CPU",
+        )
+        require(
+            each is None or each == 0 or each > 0.5 or self.num_ranks == 1,
+            "learner.num_gpus_per_rank",
+            each,
+            f"learner.num_ranks={self.num_ranks} ranks cannot share a GPU (NCCL needs one each); give more than 0.5",
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class SFTAlgorithm:
@@ -254,6 +306,9 @@ class SFTAlgorithm:
     """Conversations per step, over all ranks."""
     max_tokens: int = 2048
     """Longer conversations are refused (or skipped, see data.on_bad_row)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "algorithm", self, "steps", "batch_size", "max_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -324,6 +379,11 @@ class PolicyAlgorithm:
             self.alpha,
             "alpha and beta are both 0: nothing would be learned",
         )
+        require_at_least(1, "algorithm", self, "steps", "updates_per_batch", "ratio_truncate")
+        require_at_least(0, "algorithm", self, "max_off_policy_steps")
+        require_above(0, "algorithm", self, "teacher_clip", "clip_low", "clip_high")
+        for domain, share in self.target_shares.items():
+            require(share >= 0, f"algorithm.target_shares.{domain}", share, "give a share of 0 or more")
 
 
 def mopd_algorithm() -> PolicyAlgorithm:
@@ -339,6 +399,9 @@ class TeacherConfig:
     """pipeline only: rl (from the SFT model), sft (on the domain's own data) or none (path, or the SFT model itself)."""
     steps: int | None = None
     """pipeline only: steps of this teacher; null: those of the stage."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "teachers.*", self, "steps")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -356,6 +419,13 @@ class TeacherWorkerConfig:
     max_initial_kl: float = 2.0
     """Preflight refuses a teacher whose mean |log-ratio| to the student on the student's own samples is above this."""
 
+    def __post_init__(self) -> None:
+        require_at_least(
+            1, "teacher_workers", self, "num_workers", "max_tokens_per_batch", "cores_per_worker"
+        )
+        require_at_least(0, "teacher_workers", self, "num_gpus_per_worker")
+        require_above(0, "teacher_workers", self, "max_initial_kl")
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
@@ -363,6 +433,9 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
     """Checkpoints kept on disk."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "checkpoint", self, "every_steps", "keep")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -377,6 +450,10 @@ class EvalConfig:
     """Also one greedy sample a prompt."""
     cross_num_prompts: int = 200
     """pipeline: prompts per cell of the teachers x domains table."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "eval", self, "num_prompts", "num_samples", "cross_num_prompts")
+        require_above(0, "eval", self, "temperature")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -394,6 +471,10 @@ class TrackingConfig:
     rollout_every_steps: int = 10
     """Steps between written samples, and between measurements of what replay does (mismatch with and without)."""
 
+    def __post_init__(self) -> None:
+        require_at_least(1, "tracking", self, "rollout_every_steps")
+        require_at_least(0, "tracking", self, "rollout_samples")
+
 
 @dataclass(kw_only=True, slots=True)
 class RayConfig:
@@ -405,6 +486,10 @@ class RayConfig:
     """Shared memory of a local Ray for rollouts and weights, GiB."""
     log_to_driver: bool = False
     """Print what the worker processes print; otherwise it is in /tmp/ray/session_latest/logs."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "ray", self, "num_cpus")
+        require_above(0, "ray", self, "object_store_gb")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -63,13 +63,14 @@ class LearnerActor:
         self._worker.load_checkpoint(folder)
 
 
-def actor_class(num_gpus: int, num_threads: int | None) -> Any:
+def actor_class(num_gpus: float, num_threads: int | None) -> Any:
     """The class to start, with its environment: it must be there before torch is imported."""
     import ray
 
     variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "passive"}
     if num_gpus == 0:
         variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(num_threads)}
+        variables |= {"CUDA_VISIBLE_DEVICES": ""}  # GPUs that are there belong to others
     # Ranks without a GPU take no CPU slot: their threads are set here, and Ray must never keep them waiting for one.
     return ray.remote(LearnerActor).options(
         num_cpus=0, num_gpus=num_gpus, runtime_env={"env_vars": variables}

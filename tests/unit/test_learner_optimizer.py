@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.config import LearnerConfig, Schedule
-from posttrain.learner.optimizer import build_optimizer, learning_rate
+from posttrain.learner.optimizer import batch_rates, build_optimizer, learning_rate
 
 
 def rates(total: int, **options: object) -> list[float]:
@@ -32,6 +32,14 @@ def test_warmup_longer_than_the_run_and_steps_beyond_it() -> None:
     learner = LearnerConfig(lr=2.0, warmup_steps=10, schedule=Schedule.linear)
     assert learning_rate(learner, 5, 5) == 1.0
     assert learning_rate(learner, 99, 20) == 0.0
+
+
+def test_several_updates_a_batch_go_through_the_whole_schedule() -> None:
+    learner = LearnerConfig(lr=1.0, warmup_steps=2, schedule=Schedule.linear)
+    batches = [batch_rates(learner, step, 3, 6) for step in (1, 2)]
+    assert batches[0] + batches[1] == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert batches[0] + batches[1] == [learning_rate(learner, update, 6) for update in range(1, 7)]
+    assert [batch_rates(learner, step, 1, 6)[0] for step in range(1, 7)] == batches[0] + batches[1]
 
 
 def test_vectors_are_not_decayed_and_frozen_parameters_left_out() -> None:

@@ -16,7 +16,7 @@ def require_expert_bias(replay: RouterReplay | None, rate: float) -> None:
     if rate != 0 and (replay is None or any(router.correction_bias() is None for router in replay.routers)):
         raise UserError(
             f"learner.expert_bias_rate={rate!r}: this model's routers have no expert bias; "
-            "use learner.aux_loss_coef instead, or 0"
+            "give 0 (SFT can use learner.aux_loss_coef instead)"
         )
 
 
