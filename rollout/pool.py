@@ -11,8 +11,10 @@ neighbours are not blamed; such a prompt is quarantined. Ray must be running.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -26,19 +28,27 @@ from rollout.checkpoint import read_checkpoint
 from rollout.worker import RolloutWorker
 
 MAX_FAILED_STARTS = 3  # in a row, of one worker
+SAMPLES_PER_CALL = 8  # a call to an actor costs about 1 ms of CPU, as much as sampling a short answer
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Job:
-    """One group: waiting in the backlog, or in flight on ``actor``."""
+    """One group that has not come back."""
 
     prompt: Prompt
     settings: SamplingSettings
     group_id: str
     num_failures: int = 0
-    worker: _Worker | None = None
-    actor: Any = None
-    group_ref: Any = None
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Call:
+    """A few groups in flight on one actor."""
+
+    jobs: list[_Job]
+    worker: _Worker
+    actor: Any
+    group_refs: list[Any]
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -49,20 +59,23 @@ class _Worker:
     actor: Any = None
     ready: Any = None
     max_num_seqs: int = 0
-    jobs: set[_Job] = field(default_factory=set)
+    calls: set[_Call] = field(default_factory=set)
     is_reserved: bool = False  # runs a job that must be alone
     num_failed_starts: int = 0
 
     @property
     def num_samples(self) -> int:
-        return sum(job.settings.group_size for job in self.jobs)
+        """Samples in flight."""
+        return sum(_num_samples(call.jobs) for call in self.calls)
 
-    def has_room(self, job: _Job, alone: bool) -> bool:
+    def has_room(self, jobs: list[_Job], alone: bool) -> bool:
         if self.ready is not None or self.is_reserved:
             return False
-        return not self.jobs or (
-            not alone and self.num_samples + job.settings.group_size <= self.max_num_seqs
-        )
+        return not self.calls or (not alone and self.num_samples + _num_samples(jobs) <= self.max_num_seqs)
+
+
+def _num_samples(jobs: Iterable[_Job]) -> int:
+    return sum(job.settings.group_size for job in jobs)
 
 
 class RolloutPool:
@@ -82,7 +95,7 @@ class RolloutPool:
         )
         self._bundle_ref: Any = None
         self._backlog: deque[_Job] = deque()
-        self._in_flight: dict[Any, _Job] = {}
+        self._in_flight: dict[Any, _Call] = {}  # by the reference of the summaries
         self._lost: list[str] = []
         self.quarantined: list[tuple[str, str]] = []  # (prompt_id, reason), all since the start
         self.num_restarts = 0
@@ -121,18 +134,20 @@ class RolloutPool:
     @property
     def num_in_flight(self) -> int:
         """Groups that were submitted and neither returned nor lost."""
-        return len(self._backlog) + len(self._in_flight)
+        return len(self._backlog) + sum(len(call.jobs) for call in self._in_flight.values())
 
     def submit(self, prompt: Prompt, settings: SamplingSettings, group_id: str) -> None:
-        """Have a group of ``settings.group_size`` rollouts sampled. Returns at once."""
+        """Have a group of ``settings.group_size`` rollouts sampled. Returns at once; small groups leave together, the
+        last of them with the next `wait`."""
         self._backlog.append(_Job(prompt=prompt, settings=settings, group_id=group_id))
-        self._dispatch()
+        self._dispatch(min_samples=SAMPLES_PER_CALL * len(self._workers))
 
     def wait(self, timeout_s: float) -> list[tuple[Any, GroupSummary]]:
         """Groups that have finished: (reference of the `RolloutGroup`, its summary), each once. Returns as soon as
         there is one, or when nothing is in flight, or after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         finished: list[tuple[Any, GroupSummary]] = []
+        self._dispatch()
         while self.num_in_flight and not finished:
             pending = [*self._in_flight, *(w.ready for w in self._workers if w.ready is not None)]
             assert pending, "groups are waiting, but no worker is at work or starting"
@@ -167,6 +182,7 @@ class RolloutPool:
         """
         self._bundle_ref = bundle_ref
         self._finish_starts()
+        self._dispatch()
         refs = [worker.actor.update_weights.remote(bundle_ref, policy_version) for worker in self._workers]
         reports = []
         for worker, ref in zip(self._workers, refs, strict=True):
@@ -214,39 +230,52 @@ class RolloutPool:
             self._finish_starts()
             return _get(getattr(worker.actor, method).remote(*arguments))
 
-    def _dispatch(self) -> None:
-        """Hand out the backlog in order, as far as there is room."""
-        while self._backlog:
-            job = self._backlog[0]
-            alone = 0 < job.num_failures == self._max_retries
-            free = [worker for worker in self._workers if worker.has_room(job, alone)]
+    def _dispatch(self, min_samples: int = 1) -> None:
+        """Hand out the backlog in order, as far as there is room and at least ``min_samples`` are waiting."""
+        while self._backlog and _num_samples(itertools.islice(self._backlog, min_samples)) >= min_samples:
+            alone = self._must_be_alone(self._backlog[0])
+            jobs = [self._backlog[0]] if alone else self._next_jobs()
+            free = [worker for worker in self._workers if worker.has_room(jobs, alone)]
             if not free:
                 return
             worker = min(free, key=lambda candidate: candidate.num_samples)
-            self._backlog.popleft()
-            generate = worker.actor.generate.options(num_returns=2)
-            job.group_ref, summary_ref = generate.remote(job.prompt, job.settings, job.group_id)
-            job.worker, job.actor = worker, worker.actor
-            worker.jobs.add(job)
+            for _ in jobs:
+                self._backlog.popleft()
+            requests = [(job.prompt, job.settings, job.group_id) for job in jobs]
+            *group_refs, ref = worker.actor.generate.options(num_returns=len(jobs) + 1).remote(requests)
+            self._in_flight[ref] = _Call(jobs=jobs, worker=worker, actor=worker.actor, group_refs=group_refs)
+            worker.calls.add(self._in_flight[ref])
             worker.is_reserved = alone
-            self._in_flight[summary_ref] = job
 
-    def _settle(self, summary_ref: Any) -> list[tuple[Any, GroupSummary]]:
-        """Take a job that came back off the books; if its worker died, see to worker and job."""
-        job = self._in_flight.pop(summary_ref)
-        worker = job.worker
-        assert worker is not None
-        if worker.actor is job.actor:
-            worker.jobs.discard(job)
+    def _must_be_alone(self, job: _Job) -> bool:
+        return 0 < job.num_failures == self._max_retries
+
+    def _next_jobs(self) -> list[_Job]:
+        """The front of the backlog: `SAMPLES_PER_CALL` at most, and no more than leaves a share for every worker."""
+        share = -(-len(self._backlog) // len(self._workers))
+        jobs: list[_Job] = []
+        for job in itertools.islice(self._backlog, share):
+            if jobs and (self._must_be_alone(job) or _num_samples([*jobs, job]) > SAMPLES_PER_CALL):
+                break
+            jobs.append(job)
+        return jobs
+
+    def _settle(self, ref: Any) -> list[tuple[Any, GroupSummary]]:
+        """Take a call that came back off the books; if its worker died, see to worker and jobs."""
+        call = self._in_flight.pop(ref)
+        worker, is_present = call.worker, call.worker.actor is call.actor
+        if is_present:
+            worker.calls.discard(call)
             worker.is_reserved = False
         try:
-            summary = _get(summary_ref)
+            summaries = _get(ref)
         except RayActorError as error:
-            if worker.actor is job.actor:
+            if is_present:
                 self._restart(worker)
-            self._retry(job, str(error).splitlines()[0])
+            for job in call.jobs:
+                self._retry(job, str(error).splitlines()[0])
             return []
-        return [(job.group_ref, summary)]
+        return list(zip(call.group_refs, summaries, strict=True))
 
     def _retry(self, job: _Job, reason: str) -> None:
         job.num_failures += 1
@@ -259,10 +288,10 @@ class RolloutPool:
         )
 
     def _launch(self, worker: _Worker) -> None:
-        """Start an actor in this place; its jobs, if any, were its predecessor's."""
+        """Start an actor in this place; calls in flight, if any, were its predecessor's."""
         worker.actor = self._actor_class.remote(worker.index, *self._arguments)
         worker.ready = worker.actor.start.remote(self._bundle_ref)
-        worker.jobs, worker.is_reserved = set(), False
+        worker.calls, worker.is_reserved = set(), False
 
     def _restart(self, worker: _Worker) -> None:
         ray.kill(worker.actor)

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from rollout.engine import Engine
 
 ENVIRONMENT_THREADS = 64
+GATHER_S = 0.005  # an idle engine waits this long for the next call of a batch
 
 
 class RolloutWorker:
-    """Consumes prompts, produces one `RolloutGroup` and its `GroupSummary` per call of `generate`."""
+    """Consumes prompts, produces a `RolloutGroup` and its `GroupSummary` for each."""
 
     def __init__(
         self, index: int, cfg: RolloutConfig, model: ModelConfig, environments: dict[str, Any], seed: int
@@ -75,10 +76,15 @@ class RolloutWorker:
             self._engine.update_weights(bundle)
         return self._engine.info, self._engine.max_num_seqs
 
-    async def generate(
+    async def generate(self, requests: list[tuple[Prompt, SamplingSettings, str]]) -> tuple[Any, ...]:
+        """Sample the groups of (prompt, settings, group_id). Returns every `RolloutGroup` by itself, and then the list
+        of their summaries. Raises `UserError` if a prompt fills the context."""
+        finished = await asyncio.gather(*(self._generate_group(*request) for request in requests))
+        return (*(group for group, _ in finished), [summary for _, summary in finished])
+
+    async def _generate_group(
         self, prompt: Prompt, settings: SamplingSettings, group_id: str
     ) -> tuple[RolloutGroup, GroupSummary]:
-        """Sample ``settings.group_size`` episodes of ``prompt``. Raises `UserError` if the prompt fills the context."""
         started = time.monotonic()
         limit = self._engine.info.max_model_len
         if len(prompt.token_ids) >= limit:
@@ -151,6 +157,7 @@ class RolloutWorker:
 
     async def _run_engine(self) -> None:
         """The pump: consumes arrivals, produces results, ends when nothing is waited for."""
+        await self._let_arrivals_gather()
         while self._waiting or self._aborts:
             arrivals, self._arrivals = self._arrivals, []
             aborts, self._aborts = self._aborts, []
@@ -165,6 +172,13 @@ class RolloutWorker:
                 if future is not None and not future.cancelled():
                     future.set_result(result)
             await asyncio.sleep(0)  # let the episodes go on, so that their next segments join the next step
+
+    async def _let_arrivals_gather(self) -> None:
+        """A batch of prompts arrives one call at a time; a step costs nearly the same for one request as for 100."""
+        seen = 0
+        while seen < len(self._arrivals) < self._engine.max_num_seqs:
+            seen = len(self._arrivals)
+            await asyncio.sleep(GATHER_S)
 
     def _step(self, arrivals: list[Segment], aborts: list[str]) -> list[SegmentResult]:
         for segment in arrivals:

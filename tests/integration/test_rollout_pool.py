@@ -96,9 +96,10 @@ def test_groups_come_back_with_logprobs_and_routes(pool: RolloutPool, models: tu
     settings = SamplingSettings(group_size=2, max_new_tokens=24, seed=3)
     for number in range(12):
         pool.submit(make_prompt(models, number), settings, f"g{number}")
-    assert [worker.num_samples for worker in pool._workers] == [12, 12], "the least loaded worker is next"
     assert pool.num_in_flight == 12
-    groups = groups_of(pool.drain())
+    finished = pool.wait(timeout_s=0.0)
+    assert [worker.num_samples for worker in pool._workers] == [12, 12], "the least loaded worker is next"
+    groups = groups_of(finished + pool.drain())
     assert groups.keys() == {f"g{number}" for number in range(12)} and pool.num_in_flight == 0
     pairs = [[r.token_ids.tolist() for r in group.rollouts] for group, _ in groups.values()]
     assert any(first != second for first, second in pairs), "samples of a group have seeds of their own"
@@ -184,7 +185,7 @@ def test_a_prompt_that_fills_the_context_is_refused(pool: RolloutPool, models: t
 def test_a_poisoned_prompt_is_quarantined_and_its_neighbours_come_back(
     pool: RolloutPool, models: tuple[str, str]
 ) -> None:
-    settings = SamplingSettings(group_size=8, max_new_tokens=60, max_turns=2)
+    settings = SamplingSettings(group_size=2, max_new_tokens=60, max_turns=2)
     pool.load_checkpoint(models[1], policy_version=6)
     pool.submit(make_prompt(models, 99, "tool", poison=True), settings, "poisoned")
     for number in range(6):
@@ -217,6 +218,7 @@ def test_a_slow_group_holds_up_neither_the_others_nor_the_backlog(
         for number in range(20):
             pool.submit(make_prompt(models, number), SamplingSettings(max_new_tokens=2), f"f{number}")
         assert len(pool._backlog) == 12, "what no engine has room for waits here"
+        assert pool.num_in_flight == 21
         order: list[str] = []
         while pool.num_in_flight:
             order += [summary.group_id for _, summary in pool.wait(timeout_s=60.0)]
