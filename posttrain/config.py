@@ -288,7 +288,7 @@ class LearnerConfig:
             each is None or 0 <= each <= 1,
             "learner.num_gpus_per_rank",
             each,
-            "a rank uses one GPU; give 1, a fraction of 1, or 0 for the CPU",
+            "give 1, a fraction of 1, or 0 for the CPU: a rank uses one GPU",
         )
         require(
             each is None or each == 0 or each > 0.5 or self.num_ranks == 1,
@@ -535,7 +535,6 @@ class PolicyRun(RunConfig):
     """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
     environments: dict[str, Any] = field(default_factory=dict)
     """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -162,17 +162,17 @@ def storage(cfg: DoctorRun) -> list[Finding]:
 
 def gpu_fit(cfg: DoctorRun) -> list[Finding]:
     """Explicit GPU requests against what there is."""
-    each, available = cfg.rollout.num_gpus_per_worker, num_gpus()
-    if cfg.ray.address is None and each and each * cfg.rollout.num_workers > available:
-        value = f"{each * cfg.rollout.num_workers:g} asked for, {available} there"
-        return [
-            Finding(
-                name="rollout GPUs",
-                value=value,
-                way_out="give rollout.num_gpus_per_worker=0, or join a cluster with ray.address",
-            )
-        ]
-    return []
+    available = num_gpus()
+    rows: list[Finding] = []
+    for name, key, each, count in (
+        ("learner", "learner.num_gpus_per_rank", cfg.learner.num_gpus_per_rank, cfg.learner.num_ranks),
+        ("rollout", "rollout.num_gpus_per_worker", cfg.rollout.num_gpus_per_worker, cfg.rollout.num_workers),
+    ):
+        if cfg.ray.address is None and each and each * count > available:
+            value = f"{each * count:g} asked for, {available} there"
+            way_out = f"give {key}=0, or join a cluster with ray.address"
+            rows.append(Finding(name=f"{name} GPUs", value=value, way_out=way_out))
+    return rows
 
 
 def checkpoint(cfg: DoctorRun) -> tuple[ModelReport | None, list[Finding]]:
@@ -181,7 +181,7 @@ def checkpoint(cfg: DoctorRun) -> tuple[ModelReport | None, list[Finding]]:
 
     model: ModelReport | None = None
     try:  # what is wrong with it is a line of the report
-        model = check_model(cfg.model.path)
+        model = check_model(cfg.model.path, revision=cfg.model.revision)
         load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
         check_context(cfg.rollout, model)
     except UserError as error:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import glob
 import os
 
-from posttrain.config import EvalRun, MOPDRun, PipelineRun, PolicyRun, RunConfig, SFTRun, UserError
+from posttrain.config import (
+    EvalRun,
+    LearnerConfig,
+    MOPDRun,
+    PipelineRun,
+    PolicyRun,
+    RunConfig,
+    SFTRun,
+    UserError,
+)
 
 
 def num_gpus() -> int:
@@ -17,14 +26,21 @@ def num_gpus() -> int:
     return min(len(devices), len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"]))
 
 
+def learners_of(cfg: RunConfig) -> list[tuple[str, LearnerConfig]]:
+    """(key, section) of every learner that the run has."""
+    if isinstance(cfg, PipelineRun):
+        return [(f"{name}.learner", getattr(cfg, name).learner) for name in ("sft", "rl", "mopd")]
+    return [("learner", cfg.learner)] if isinstance(cfg, SFTRun | PolicyRun) else []
+
+
 def gpus_of(cfg: RunConfig, available: int) -> dict[str, float]:
     """GPUs by consumer, `{"learner": 2.0, ...}`, under the rules of the pools: what is not said is 1 where there are any."""
     some = 1.0 if available else 0.0
     use: dict[str, float] = {}
     if isinstance(cfg, SFTRun | PolicyRun):
-        use["learner"] = cfg.learner.num_ranks * some
+        use["learner"] = _gpus_of_learner(cfg.learner, some)
     if isinstance(cfg, PipelineRun):
-        use["learner"] = max(s.learner.num_ranks for s in (cfg.sft, cfg.rl, cfg.mopd)) * some
+        use["learner"] = max(_gpus_of_learner(s.learner, some) for s in (cfg.sft, cfg.rl, cfg.mopd))
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
         each = cfg.rollout.num_gpus_per_worker
         default = some * int(cfg.rollout.vllm.get("tensor_parallel_size", 1))
@@ -38,6 +54,11 @@ def gpus_of(cfg: RunConfig, available: int) -> dict[str, float]:
     return use
 
 
+def _gpus_of_learner(learner: LearnerConfig, default: float) -> float:
+    each = learner.num_gpus_per_rank
+    return learner.num_ranks * (default if each is None else each)
+
+
 def check_gpus(cfg: RunConfig, notes: list[str]) -> None:
     """Refuse a run that asks for more GPUs than there are; on a cluster only Ray knows, so a note says so."""
     if cfg.ray.address is not None:
@@ -45,6 +66,13 @@ def check_gpus(cfg: RunConfig, notes: list[str]) -> None:
         return
     available = num_gpus()
     use = gpus_of(cfg, available)
+    for key, learner in learners_of(cfg):
+        each = learner.num_gpus_per_rank
+        if each and learner.num_ranks > available:
+            raise UserError(
+                f"{key}.num_gpus_per_rank={each:g}: each of the {learner.num_ranks} ranks needs a GPU of its own and this"
+                f" machine has {available}; give {key}.num_gpus_per_rank=0 or join a cluster with ray.address"
+            )
     for name in ("rollout", "teacher_workers"):
         each = getattr(getattr(cfg, name, None), "num_gpus_per_worker", None)
         if each and use[name] > available:
@@ -57,5 +85,6 @@ def check_gpus(cfg: RunConfig, notes: list[str]) -> None:
         parts = ", ".join(f"{name} {count:g}" for name, count in use.items() if count)
         raise UserError(
             f"rollout.num_gpus_per_worker=null: the run asks for {sum(use.values()):g} GPUs ({parts}) and this machine has"
-            f" {available}; use fewer workers or ranks, or fractions such as rollout.num_gpus_per_worker=0.5"
+            f" {available}; use fewer workers or ranks, or fractions such as rollout.num_gpus_per_worker=0.5 and"
+            " learner.num_gpus_per_rank=0.5"
         )

@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 from posttrain import disk, manifest
-from posttrain.config import RUNS, RunConfig, UserError
+from posttrain.config import RUNS, PipelineRun, RunConfig, UserError
+from posttrain.stages import check_steps
 
 # What makes a run the run it is: a change of these is another run, a change of anything else goes on.
 IDENTITY = ("model", "data", "sft_data", "domain", "teachers", "seed")
@@ -284,6 +285,8 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
         if key in now and _identity(now[key]) != _identity(former.get(key)):
             where, old, new = _first_difference(key, _identity(former.get(key)), _identity(now[key]))
             raise UserError(f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}; {way_out}")
+    if isinstance(cfg, PipelineRun):
+        check_steps(path, cfg)
 
 
 def _changes(path: Path, cfg: RunConfig) -> list[str]:
@@ -342,7 +345,8 @@ def _fingerprints(cfg: RunConfig) -> dict[str, str]:
     from teachers.fingerprint import fingerprint
 
     keys = {k: v for k, v in _inputs(cfg).items() if k == "model.path" or k.startswith("teachers.")}
-    return {key: fingerprint(path, key) for key, path in keys.items()}
+    revisions = {"model.path": cfg.model.revision}
+    return {key: fingerprint(path, key, revisions.get(key)) for key, path in keys.items()}
 
 
 def _yaml(cfg: RunConfig) -> str:

@@ -19,6 +19,7 @@ from posttrain.config import (
     MOPDRun,
     PipelineRun,
     PolicyRun,
+    Replay,
     RLRun,
     RolloutConfig,
     RunConfig,
@@ -27,7 +28,7 @@ from posttrain.config import (
     UserError,
     require,
 )
-from posttrain.gpus import check_gpus
+from posttrain.gpus import check_gpus, learners_of
 from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
 from teachers.preflight import check_files
 
@@ -66,14 +67,17 @@ class Report:
 
 def validate(cfg: RunConfig) -> Report:
     """Check one run. Raises `UserError` for the first thing that cannot work."""
-    report = Report(model=check_model(cfg.model.path))
+    report = Report(model=check_model(cfg.model.path, revision=cfg.model.revision))
     if cfg.model.trust_remote_code:
         report.notes.append("model.trust_remote_code=true: Python code of the checkpoint will run")
     check_gpus(cfg, report.notes)
-    for key, learner in _learners(cfg):
+    for key, learner in learners_of(cfg):
         _check_learner(key, learner, report.model)
+        if not _is_sft(key, cfg):
+            _check_policy_learner(key, learner, cast(Any, cfg).rollout, report.model)
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
         check_context(cfg.rollout, report.model)
+    _check_lengths(cfg)
     _check_data(cfg, report)
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
         _check_targets(cfg, report)
@@ -82,9 +86,9 @@ def validate(cfg: RunConfig) -> Report:
     return report
 
 
-def check_model(path: str, key: str = "model.path") -> ModelReport:
+def check_model(path: str, key: str = "model.path", revision: str | None = None) -> ModelReport:
     """Files of a checkpoint: config, complete shards; no tokenizer yet."""
-    folder = locate(path, key)
+    folder = locate(path, key, revision)
     config = read_config(folder, key)
     tensors = read_tensors(folder, key)
     text = config.get("text_config", config)
@@ -125,10 +129,8 @@ def _num_elements(entry: TensorEntry) -> int:
     return count
 
 
-def _learners(cfg: RunConfig) -> list[tuple[str, LearnerConfig]]:
-    if isinstance(cfg, PipelineRun):
-        return [(f"{name}.learner", getattr(cfg, name).learner) for name in ("sft", "rl", "mopd")]
-    return [("learner", cfg.learner)] if isinstance(cfg, SFTRun | PolicyRun) else []
+def _is_sft(learner_key: str, cfg: RunConfig) -> bool:
+    return isinstance(cfg, SFTRun) or learner_key.startswith("sft.")
 
 
 def _check_learner(key: str, learner: LearnerConfig, model: ModelReport) -> None:
@@ -141,8 +143,44 @@ def _check_learner(key: str, learner: LearnerConfig, model: ModelReport) -> None
         learner.expert_bias_rate == 0 or model.has_expert_bias,
         f"{key}.expert_bias_rate",
         learner.expert_bias_rate,
-        f"the routers of {model.path} have no expert bias; use {key}.aux_loss_coef for balance",
+        f"the routers of {model.path} have no expert bias; give 0 (in SFT learner.aux_loss_coef balances as well)",
     )
+
+
+def _check_policy_learner(
+    key: str, learner: LearnerConfig, rollout: RolloutConfig, model: ModelReport
+) -> None:
+    """What only learners of RL and MOPD can get wrong."""
+    require(
+        learner.aux_loss_coef == 0,
+        f"{key}.aux_loss_coef",
+        learner.aux_loss_coef,
+        f"the balance loss is a part of SFT alone; give 0 (models with an expert bias: {key}.expert_bias_rate)",
+    )
+    require(
+        not model.num_experts or rollout.record_routes is Replay.auto or learner.routing_replay is Replay.off,
+        "rollout.record_routes",
+        rollout.record_routes.value,
+        f"{key}.routing_replay=auto replays routes that nobody records; set {key}.routing_replay=off too",
+    )
+
+
+def _check_lengths(cfg: RunConfig) -> None:
+    """The longest sequence that can come up fits into one micro-batch of every learner that may see it."""
+    for key, learner in learners_of(cfg):
+        if _is_sft(key, cfg):
+            length_key = key.removesuffix("learner") + "algorithm.max_tokens"
+            length = (cfg.sft if isinstance(cfg, PipelineRun) else cast(SFTRun, cfg)).algorithm.max_tokens
+        else:
+            length_key, length = "rollout.max_model_len", cast(Any, cfg).rollout.max_model_len
+        for name in ("max_tokens_per_micro_batch", "pack_tokens"):
+            limit = getattr(learner, name)
+            require(
+                length <= limit or (name == "pack_tokens" and limit == 0),
+                length_key,
+                length,
+                f"a sequence of that length does not fit into {key}.{name}={limit}; lower it or raise that",
+            )
 
 
 # Data -----------------------------------------------------------------------------------------------------------
@@ -152,6 +190,7 @@ def _check_data(cfg: RunConfig, report: Report) -> None:
     from posttrain.data.sources import load_conversations, load_prompts, sources_of
     from posttrain.data.tokenizer import load_tokenizer
 
+    _refuse_unused_held_out(cfg)
     plans = _data_plans(cfg)
     for data, held_out, _ in plans:
         sources_of(data, eval=held_out)  # is anything configured? cheaper than a tokenizer
@@ -175,6 +214,23 @@ def _check_data(cfg: RunConfig, report: Report) -> None:
         else:
             report.num_prompts = _count(prompt.domain for prompt in prompts)
             training = {str(prompt.messages) for prompt in prompts}
+
+
+def _refuse_unused_held_out(cfg: RunConfig) -> None:
+    """Held-out data where nothing is evaluated would silently do nothing."""
+    if isinstance(cfg, EvalRun):
+        return
+    section = "sft_data" if isinstance(cfg, PipelineRun) else "data"
+    data: DataConfig = getattr(cfg, section)
+    for name, value in (("eval_path", data.eval_path), ("eval_sources", sorted(data.eval_sources))):
+        require(
+            not value,
+            f"{section}.{name}",
+            value,
+            "nothing is evaluated on it; remove it, and give held-out prompts to `posttrain eval`"
+            if section == "data"
+            else "nothing is evaluated on it; the pipeline's held-out prompts are data.eval_path or data.eval_sources",
+        )
 
 
 def _data_plans(cfg: RunConfig) -> list[tuple[DataConfig, bool, str]]:
@@ -286,7 +342,11 @@ def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun, report: Report) -> No
 def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str, Any]]:
     paths = {domain: teacher.path for domain, teacher in cfg.teachers.items()}
     if isinstance(cfg, MOPDRun):
-        return check_files(cfg.model.path, paths, report.num_prompts) if cfg.algorithm.beta != 0 else []
+        return (
+            check_files(cfg.model.path, paths, report.num_prompts, cfg.model.revision)
+            if cfg.algorithm.beta != 0
+            else []
+        )
     for domain in report.num_prompts:
         require(
             domain in cfg.teachers,
@@ -299,6 +359,14 @@ def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str
             "data.eval_sources",
             sorted(report.num_eval_prompts),
             f"no held-out prompts of domain {domain!r}; the table needs some of every domain",
+        )
+    for domain in report.num_eval_prompts:
+        require(
+            domain in report.num_prompts,
+            "data.eval_sources",
+            sorted(report.num_eval_prompts),
+            f"held-out prompts of domain {domain!r}, which has neither training prompts nor a teacher; remove them, or"
+            f" give it a source in data.sources and teachers.{domain}.train=rl",
         )
     for domain, teacher in cfg.teachers.items():
         require(
@@ -316,4 +384,4 @@ def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str
             f"sft_data has no conversation of domain {domain!r}; use train=rl, or give teachers.{domain}.path=DIR",
         )
     given: dict[str, str | None] = {domain: path for domain, path in paths.items() if path is not None}
-    return check_files(cfg.model.path, given, given) if given else []
+    return check_files(cfg.model.path, given, given, cfg.model.revision) if given else []

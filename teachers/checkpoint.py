@@ -37,8 +37,8 @@ class TensorEntry:
     end: int
 
 
-def locate(path: str, key: str) -> Path:
-    """Folder of the checkpoint ``path``: a directory, or a hub id that the local hub cache already holds.
+def locate(path: str, key: str, revision: str | None = None) -> Path:
+    """Folder of the checkpoint ``path``: a directory, or a hub id whose ``revision`` the local hub cache already holds.
 
     Raises `UserError` naming ``key`` when there is neither. Never downloads.
     """
@@ -50,11 +50,12 @@ def locate(path: str, key: str) -> Path:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:  # the cache is another program's folder: absent is an ordinary answer
-            return Path(snapshot_download(path, local_files_only=True))
+            return Path(snapshot_download(path, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError):
             pass
+    cache = "the local hub cache" if revision is None else f"the local hub cache at revision {revision!r}"
     raise UserError(
-        f"{key}={path!r}: no such directory, and not in the local hub cache; give a checkpoint directory"
+        f"{key}={path!r}: no such directory, and not in {cache}; give a checkpoint directory"
         " or fetch it first with `hf download`"
     )
 

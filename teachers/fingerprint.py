@@ -18,12 +18,12 @@ NUM_THREADS = 4  # hashlib releases the interpreter lock
 _cache: dict[tuple[tuple[str, int, int], ...], str] = {}
 
 
-def fingerprint(path: str, key: str = "path") -> str:
+def fingerprint(path: str, key: str = "path", revision: str | None = None) -> str:
     """sha256 (hex) over name, dtype, shape and bytes of every tensor, in the order of the names.
 
-    ``key`` is the config key that a `UserError` about missing or damaged files names.
+    ``key`` is the config key that a `UserError` about missing or damaged files names, ``revision`` that of a hub id.
     """
-    tensors = read_tensors(locate(path, key), key)
+    tensors = read_tensors(locate(path, key, revision), key)
     stamp = _stamp({entry.file for entry in tensors.values()})
     if stamp not in _cache:
         _cache[stamp] = _hash([tensors[name] for name in sorted(tensors)])

@@ -35,7 +35,10 @@ class TokenizerFiles:
 
 
 def check_files(
-    student_path: str, teachers: dict[str, str | None], domains: Iterable[str]
+    student_path: str,
+    teachers: dict[str, str | None],
+    domains: Iterable[str],
+    student_revision: str | None = None,
 ) -> list[dict[str, Any]]:
     """Compare every teacher's files with the student's; return one row per domain for events.jsonl.
 
@@ -45,7 +48,7 @@ def check_files(
     """
     domains = sorted(set(domains))
     _check_mapping(teachers, domains)
-    student = locate(student_path, "model.path")
+    student = locate(student_path, "model.path", student_revision)
     student_tokens = read_tokenizer(student, "model.path")
     student_vocab_size = _vocab_size(read_config(student, "model.path"))
     rows: list[dict[str, Any]] = []
@@ -58,7 +61,7 @@ def check_files(
         _compare(key, path, read_tokenizer(folder, key), student_tokens)
         _compare_vocab_size(key, path, _vocab_size(config), student_vocab_size)
         rows.append({"domain": domain, "path": path, "fingerprint": fingerprint(path, key)})
-    student_fingerprint = fingerprint(student_path, "model.path")
+    student_fingerprint = fingerprint(student_path, "model.path", student_revision)
     for row in rows:
         row["result"] = "self-teacher" if row["fingerprint"] == student_fingerprint else "ok"
         row["shared_with"] = [

@@ -147,6 +147,57 @@ def test_one_line_names_key_value_and_way_out(command, override, expected):
     assert message(command, override).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        ("rl", "algorithm.updates_per_batch=0 algorithm.steps=0 algorithm.max_off_policy_steps=-1"),
+        ("rl", "algorithm.teacher_clip=0.0 algorithm.clip_low=0.0 algorithm.clip_high=-0.1"),
+        ("rl", "algorithm.ratio_truncate=0.9 algorithm.target_shares.math=-0.5"),
+        ("sft", "algorithm.steps=0 algorithm.batch_size=0 algorithm.max_tokens=0"),
+        ("sft", "checkpoint.every_steps=0 checkpoint.keep=0 data.max_prompt_tokens=0"),
+        ("sft", "tracking.rollout_every_steps=0 tracking.rollout_samples=-1"),
+        ("sft", "ray.object_store_gb=0.0 ray.num_cpus=0"),
+        ("sft", "learner.logprob_chunk_tokens=0 learner.max_tokens_per_micro_batch=0 learner.pack_tokens=-1"),
+        ("sft", "learner.betas=[0.9,1.0] learner.betas=[-0.1,0.9] learner.warmup_steps=-1 learner.eps=0.0"),
+        ("sft", "learner.grad_clip=-1.0 learner.min_lr_ratio=1.5 learner.weight_decay=-0.1"),
+        ("sft", "learner.expert_bias_rate=-0.1 learner.aux_loss_coef=-0.1 learner.cores_per_rank=0"),
+        ("sft", "learner.num_gpus_per_rank=2.0 learner.num_gpus_per_rank=-0.5"),
+        ("eval", "eval.num_samples=0 eval.num_prompts=0 eval.temperature=0.0 eval.cross_num_prompts=0"),
+        ("eval", "rollout.max_retries=-1 rollout.probe_tolerance=0.0 rollout.max_model_len=0"),
+        ("eval", "rollout.num_gpus_per_worker=-1.0 rollout.cores_per_worker=0"),
+        ("mopd", "teacher_workers.num_workers=0 teacher_workers.max_initial_kl=0.0"),
+        ("mopd", "teacher_workers.max_tokens_per_batch=0 teacher_workers.cores_per_worker=0"),
+        ("pipeline", "rl.algorithm.updates_per_batch=0 mopd.learner.eps=0.0 sft.algorithm.steps=0"),
+    ],
+)
+def test_numbers_that_cannot_work(command, overrides):
+    for override in overrides.split():
+        key, value = override.split("=")
+        assert message(command, override).startswith(f"{key}={value.replace(',', ', ')}: give "), override
+
+
+def test_numbers_on_the_edge_of_what_works():
+    edge = [
+        "learner.betas=[0,0.99]",
+        "learner.grad_clip=0",
+        "learner.min_lr_ratio=1",
+        "learner.warmup_steps=0",
+    ]
+    build("rl", *edge, "algorithm.ratio_truncate=1", "tracking.rollout_samples=0", "rollout.max_retries=0")
+    assert build("eval", "eval.num_prompts=null", "eval.num_samples=1").eval.num_prompts is None
+    assert build("rl", "learner.num_gpus_per_rank=0.5").learner.num_gpus_per_rank == 0.5
+    assert build("rl", "learner.num_gpus_per_rank=0", "learner.num_ranks=4").learner.num_ranks == 4
+
+
+def test_ranks_do_not_share_a_gpu():
+    found = message("rl", "learner.num_gpus_per_rank=0.5", "learner.num_ranks=2")
+    assert found.startswith("learner.num_gpus_per_rank=0.5: learner.num_ranks=2 ranks cannot share a GPU")
+
+
+def test_steps_of_a_teacher():
+    assert message("pipeline", "teachers.math.steps=0").startswith("teachers.*.steps=0: give 1 or more")
+
+
 def test_missing_model_path():
     with pytest.raises(UserError, match=r"^model\.path is missing: give model\.path=VALUE"):
         compose("sft", [])

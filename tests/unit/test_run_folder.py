@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -289,6 +290,73 @@ def test_finished_and_more_steps(make):
     folder.finish()
     assert RunFolder.open(make("sft", "algorithm.steps=5")).finished
     assert not RunFolder.open(make("sft", "algorithm.steps=9")).finished
+
+
+@pytest.fixture
+def finished_pipeline(make, tmp_path):
+    """A pipeline whose SFT (5 steps) and teachers (math by RL, 7; code by SFT, 4) are finished, and MOPD has begun."""
+    common = ["sft_data.path=/s.jsonl", "teachers.math.train=rl", "teachers.code.train=sft"]
+    common += ["teachers.given.path=/g", "teachers.same.train=none"]
+    former = [
+        "sft.algorithm.steps=5",
+        "rl.algorithm.steps=7",
+        "teachers.code.steps=4",
+        "mopd.algorithm.steps=9",
+    ]
+
+    def open_(*overrides):
+        return RunFolder.open(make("pipeline", *common, *former, *overrides))
+
+    def begin(stage, steps):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        (tmp_path / "run" / stage / "config.yaml").write_text("{}")
+        if steps:
+            (tmp_path / "run" / stage / "finished.json").write_text(json.dumps({"steps": steps}))
+
+    open_().close()
+    for stage, steps in (("sft", 5), ("teachers/math", 7), ("teachers/code", 4), ("mopd", 9)):
+        begin(stage, steps)
+    return open_
+
+
+@pytest.mark.parametrize(
+    ("key", "new", "old", "stage"),
+    [
+        ("sft.algorithm.steps", 6, 5, "sft"),
+        ("sft.algorithm.steps", 4, 5, "sft"),
+        ("rl.algorithm.steps", 8, 7, "teachers/math"),
+        ("teachers.math.steps", 8, 7, "teachers/math"),
+        ("teachers.code.steps", 5, 4, "teachers/code"),
+    ],
+)
+def test_a_stage_that_later_ones_were_made_from_keeps_its_steps(
+    finished_pipeline, tmp_path, key, new, old, stage
+):
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as error:
+        finished_pipeline(f"{key}={new}")
+    text = str(error.value)
+    assert (
+        text.startswith(f"{key}={new}: {tmp_path}/run/{stage} finished with {old} steps") and "\n" not in text
+    )
+    assert f"{key}={old}" in text and "another name=" in text and "fresh=true" in text
+    assert contents(tmp_path) == before
+    finished_pipeline(f"{key}={old}")
+
+
+def test_stages_that_nothing_was_made_from_may_go_on(finished_pipeline, tmp_path):
+    finished_pipeline("mopd.algorithm.steps=20")
+    shutil.rmtree(tmp_path / "run" / "mopd")
+    finished_pipeline("rl.algorithm.steps=20", "teachers.code.steps=20")
+    with pytest.raises(UserError, match=r"sft\.algorithm\.steps=6: .* and teachers/code was trained from"):
+        finished_pipeline("sft.algorithm.steps=6")
+    shutil.rmtree(tmp_path / "run" / "teachers")
+    finished_pipeline("sft.algorithm.steps=6")
+
+
+def test_a_pipeline_with_other_steps_starts_over(finished_pipeline, tmp_path):
+    finished_pipeline("sft.algorithm.steps=6", "fresh=true")
+    assert not (tmp_path / "run" / "sft").exists()
 
 
 def test_json_files(make):

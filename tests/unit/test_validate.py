@@ -139,7 +139,21 @@ def test_held_out_prompts_that_are_trained_on_are_noted(world):
         ("pipeline", ["data.eval_path=null"], "data.eval_path=None: no data"),
         ("pipeline", ["sft.learner.expert_bias_rate=0.1", "model.path={world}/qwen"], "sft.learner.expert_bias_rate=0.1: the routers of"),
         ("sft", ["learner.aux_loss_coef=0.1", "model.path={world}/dense"], "learner.aux_loss_coef=0.1: {world}/dense is a dense"),
+        ("pipeline", ["rl.learner.expert_bias_rate=0.1", "model.path={world}/qwen"], "rl.learner.expert_bias_rate=0.1: the routers of"),
         ("sft", ["domain=law"], "domain='law'"),
+        ("rl", ["learner.aux_loss_coef=0.1"], "learner.aux_loss_coef=0.1: the balance loss is a part of SFT alone"),
+        ("mopd", ["learner.aux_loss_coef=0.1"], "learner.aux_loss_coef=0.1: the balance loss is a part of SFT alone"),
+        ("pipeline", ["mopd.learner.aux_loss_coef=0.1"], "mopd.learner.aux_loss_coef=0.1: the balance loss is a part of SFT"),
+        ("rl", ["rollout.record_routes=off"], "rollout.record_routes='off': learner.routing_replay=auto replays routes that nobody"),
+        ("pipeline", ["rollout.record_routes=off", "rl.learner.routing_replay=off"], "set mopd.learner.routing_replay=off too"),
+        ("rl", ["learner.max_tokens_per_micro_batch=63"], "rollout.max_model_len=64: a sequence of that length does not fit into learner.max_tokens_per_micro_batch=63"),
+        ("mopd", ["learner.pack_tokens=63"], "rollout.max_model_len=64: a sequence of that length does not fit into learner.pack_tokens=63"),
+        ("pipeline", ["rl.learner.pack_tokens=63"], "rollout.max_model_len=64: a sequence of that length does not fit into rl.learner.pack_tokens=63"),
+        ("pipeline", ["sft.algorithm.max_tokens=9000"], "sft.algorithm.max_tokens=9000: a sequence of that length does not fit into sft.learner.max_tokens_per_micro_batch=8192"),
+        ("sft", ["learner.pack_tokens=100"], "algorithm.max_tokens=2048: a sequence of that length does not fit into learner.pack_tokens=100"),
+        ("rl", ["data.eval_path={world}/heldout.jsonl"], "data.eval_path='{world}/heldout.jsonl': nothing is evaluated on it"),
+        ("mopd", ["data.eval_sources.x.path={world}/heldout.jsonl"], "data.eval_sources=['x']: nothing is evaluated on it"),
+        ("pipeline", ["sft_data.eval_path={world}/heldout.jsonl"], "sft_data.eval_path='{world}/heldout.jsonl': nothing is evaluated"),
     ],
 )  # fmt: skip
 def test_refusals(world, command, overrides, expected):
@@ -155,6 +169,21 @@ def test_a_domain_without_held_out_prompts(world, tmp_path):
     file.write_text((world / "heldout.jsonl").read_text().splitlines()[0] + "\n")
     found = refusal(world, "pipeline", f"data.eval_path={file}")
     assert "no held-out prompts of domain 'math'" in found
+
+
+def test_held_out_prompts_of_a_domain_that_is_not_trained(world, tmp_path):
+    row = json.loads((world / "heldout.jsonl").read_text().splitlines()[0]) | {"domain": "law"}
+    file = tmp_path / "held.jsonl"
+    file.write_text((world / "heldout.jsonl").read_text() + json.dumps(row) + "\n")
+    found = refusal(world, "pipeline", f"data.eval_path={file}")
+    assert found.startswith("data.eval_sources=['code', 'law', 'math']: held-out prompts of domain 'law'")
+
+
+def test_lengths_and_replay_that_go_together(world):
+    validate(config(world, "rl", "rollout.record_routes=off", "learner.routing_replay=off"))
+    validate(config(world, "rl", "rollout.record_routes=off", f"model.path={world}/dense"))
+    validate(config(world, "rl", "learner.max_tokens_per_micro_batch=64", "learner.pack_tokens=64"))
+    validate(config(world, "pipeline", "sft.learner.aux_loss_coef=0.1"))
 
 
 def test_a_teacher_by_sft_needs_conversations_of_its_domain(world, tmp_path):
@@ -182,6 +211,24 @@ def test_gpus_that_are_not_there(world, monkeypatch):
     assert validate(config(world, "rl")).notes == []
     found = validate(config(world, "rl", "rollout.num_workers=3", "ray.address=auto")).notes
     assert found == ["ray.address=auto: the cluster's GPUs are not checked here"]
+
+
+def test_one_gpu_is_shared(world, monkeypatch):
+    monkeypatch.setattr(gpus, "num_gpus", lambda: 1)
+    assert "learner.num_gpus_per_rank=0.5" in refusal(world, "rl")
+    halves = ("rollout.num_gpus_per_worker=0.5", "learner.num_gpus_per_rank=0.5")
+    cfg = config(world, "rl", *halves)
+    validate(cfg)
+    assert gpus.gpus_of(cfg, 1) == {"learner": 0.5, "rollout": 0.5}
+    assert gpus.gpus_of(config(world, "rl", "learner.num_gpus_per_rank=0"), 1) == {"learner": 0, "rollout": 1}
+    stages = [f"{s}.learner.num_gpus_per_rank=0.5" for s in ("sft", "rl", "mopd")]
+    assert gpus.gpus_of(config(world, "pipeline", halves[0], *stages), 1) == {
+        "learner": 0.5,
+        "rollout": 0.5,
+        "teacher_workers": 0,
+    }
+    found = refusal(world, "rl", "learner.num_gpus_per_rank=0.6", "learner.num_ranks=2")
+    assert found.startswith("learner.num_gpus_per_rank=0.6: each of the 2 ranks needs a GPU of its own")
 
 
 def test_visible_gpus(monkeypatch):

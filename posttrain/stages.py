@@ -1,0 +1,62 @@
+"""Which stages of a pipeline may still train longer. Reads their run folders, changes nothing.
+
+Later stages are made from the models of earlier ones. Once a later stage has begun, an earlier one that trained on
+would overwrite the model under it, so other steps for it are refused at the start, before anything is written.
+MOPD is the last stage and may always go on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.config import PipelineRun, TeacherTraining, UserError
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Stage:
+    """A stage that trains a model."""
+
+    folder: str  # below the pipeline's
+    key: str  # that gives its steps
+    steps: int
+
+
+def stages(cfg: PipelineRun) -> list[list[Stage]]:
+    """Stages in the order in which they run; those of one inner list do not depend on each other."""
+    sft = Stage(folder="sft", key="sft.algorithm.steps", steps=cfg.sft.algorithm.steps)
+    teachers = []
+    for domain, teacher in sorted(cfg.teachers.items()):
+        if teacher.path is not None or teacher.train is TeacherTraining.none:
+            continue
+        stage = "sft" if teacher.train is TeacherTraining.sft else "rl"
+        key, steps = f"{stage}.algorithm.steps", getattr(cfg, stage).algorithm.steps
+        if teacher.steps is not None:
+            key, steps = f"teachers.{domain}.steps", teacher.steps
+        teachers.append(Stage(folder=f"teachers/{domain}", key=key, steps=steps))
+    mopd = Stage(folder="mopd", key="mopd.algorithm.steps", steps=cfg.mopd.algorithm.steps)
+    return [[sft], teachers, [mopd]]
+
+
+def check_steps(path: Path, cfg: PipelineRun) -> None:
+    """Refuse other steps for a finished stage of the pipeline in ``path`` when a later one has begun.
+
+    Raises:
+        UserError: naming the key of the steps, the old and the new value.
+    """
+    groups = stages(cfg)
+    for index, group in enumerate(groups):
+        later = [s for following in groups[index + 1 :] for s in following]
+        begun = next((s.folder for s in later if (path / s.folder / "config.yaml").exists()), None)
+        for stage in group:
+            record = path / stage.folder / "finished.json"
+            if begun is None or not record.exists():
+                continue
+            former = json.loads(record.read_text())["steps"]
+            if former != stage.steps:
+                raise UserError(
+                    f"{stage.key}={stage.steps}: {path / stage.folder} finished with {former} steps and {begun} was"
+                    f" trained from its model; give {stage.key}={former} again, choose another name= than"
+                    f" {cfg.name!r}, or start over with fresh=true"
+                )
