@@ -95,3 +95,6 @@ def test_gpus_that_are_not_there(monkeypatch):
     (finding,) = doctor.gpu_fit(config("rollout.num_gpus_per_worker=1", "rollout.num_workers=2"))
     assert finding.value == "2 asked for, 1 there" and finding.way_out
     assert doctor.gpu_fit(config("rollout.num_gpus_per_worker=0.5", "rollout.num_workers=2")) == []
+    (finding,) = doctor.gpu_fit(config("learner.num_gpus_per_rank=1", "learner.num_ranks=3"))
+    assert finding.name == "learner GPUs" and finding.value == "3 asked for, 1 there"
+    assert doctor.gpu_fit(config("learner.num_gpus_per_rank=0.5")) == []

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from posttrain.config import UserError
-from teachers.checkpoint import INDEX_NAME, read_tensors
+from teachers.checkpoint import INDEX_NAME, locate, read_tensors
 from teachers.fingerprint import fingerprint, num_bytes
 from teachers.preflight import check_files, check_gap
 
@@ -206,6 +206,21 @@ def test_pickled_weights(student: Path, tmp_path: Path) -> None:
 def test_missing_directory(student: Path, path: str) -> None:
     with pytest.raises(UserError, match=rf"^teachers\.math\.path='{path}': no such directory"):
         check_files(str(student), {"math": path}, ["math"])
+
+
+def test_a_hub_id_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--owner--model"
+    (repo / "refs").mkdir(parents=True)
+    other = {**TENSORS, "norm": np.zeros(4, np.float32)}
+    for ref, commit, tensors in (("main", "a" * 40, TENSORS), ("v2", "b" * 40, other)):
+        (repo / "refs" / ref).write_text(commit)
+        checkpoint(repo / "snapshots" / commit, tensors=tensors)
+    assert locate("owner/model", "model.path").name == "a" * 40
+    assert locate("owner/model", "model.path", "v2").name == "b" * 40
+    assert fingerprint("owner/model") != fingerprint("owner/model", "model.path", "v2")
+    with pytest.raises(UserError, match=r"^model\.path='owner/model': .* not in .* at revision 'v3'"):
+        locate("owner/model", "model.path", "v3")
 
 
 def test_missing_student_names_its_own_key(teacher: Path) -> None:
