@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from teachers.pool import TeacherPool
 
 # What a learner process cannot change while it lives; everything else is set anew by `reset`.
-_LEARNER_SHAPE = ("num_ranks", "zero_stage", "dtype", "cores_per_rank", "deepspeed", "gradient_checkpointing")
+_LEARNER_SHAPE = (
+    "num_ranks",
+    "zero_stage",
+    "dtype",
+    "cores_per_rank",
+    "num_gpus_per_rank",
+    "deepspeed",
+    "gradient_checkpointing",
+)
 
 
 class Engines:
