@@ -386,6 +386,16 @@ class PolicyAlgorithm:
             require(share >= 0, f"algorithm.target_shares.{domain}", share, "give a share of 0 or more")
 
 
+def sft_learner() -> LearnerConfig:
+    """The learner of SFT: cosine from 5e-5 to 5e-6 (MiMo-V2-Flash report)."""
+    return LearnerConfig(lr=5e-5, schedule=Schedule.cosine, min_lr_ratio=0.1)
+
+
+def rl_algorithm() -> PolicyAlgorithm:
+    """GRPO with clip-higher (DAPO)."""
+    return PolicyAlgorithm(loss=Loss.ppo_clip)
+
+
 def mopd_algorithm() -> PolicyAlgorithm:
     """Defaults of MOPD: the teacher's log-ratio alone, one sample a prompt."""
     return PolicyAlgorithm(beta=1.0, alpha=0.0, group_size=1)
@@ -521,14 +531,14 @@ class SFTRun(RunConfig):
     domain: str | None = None
     """Train on this domain's conversations only; null: all."""
     algorithm: SFTAlgorithm = field(default_factory=SFTAlgorithm)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    learner: LearnerConfig = field(default_factory=lambda: sft_learner())
 
 
 @dataclass(kw_only=True, slots=True)
 class PolicyRun(RunConfig):
     """What `rl` and `mopd` share."""
 
-    algorithm: PolicyAlgorithm = field(default_factory=PolicyAlgorithm)
+    algorithm: PolicyAlgorithm = field(default_factory=lambda: rl_algorithm())
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: dict[str, Any] = field(default_factory=dict)
@@ -560,12 +570,12 @@ class MOPDRun(PolicyRun):
 @dataclass(kw_only=True, slots=True)
 class SFTStage:
     algorithm: SFTAlgorithm = field(default_factory=SFTAlgorithm)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    learner: LearnerConfig = field(default_factory=lambda: sft_learner())
 
 
 @dataclass(kw_only=True, slots=True)
 class PolicyStage:
-    algorithm: PolicyAlgorithm = field(default_factory=PolicyAlgorithm)
+    algorithm: PolicyAlgorithm = field(default_factory=lambda: rl_algorithm())
     learner: LearnerConfig = field(default_factory=LearnerConfig)
 
 
