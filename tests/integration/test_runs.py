@@ -95,13 +95,13 @@ def test_user_reward_rises_on_two_ranks_and_two_workers(user: Path) -> None:
     """The model comes from the SFT run, so this also loads its result in vLLM."""
     posttrain(
         user, "rl", "model.path=runs/sft/model", "data.path=prompts.jsonl", "domain=math",
-        "rewards._target_=my_module.VowelReward", "algorithm.steps=14", "algorithm.prompts_per_step=12",
-        "algorithm.group_size=8", "algorithm.overlong=keep", "learner.lr=2e-3", "learner.warmup_steps=0",
+        "rewards._target_=my_module.VowelReward", "algorithm.steps=5", "algorithm.prompts_per_step=12",
+        "algorithm.group_size=8", "algorithm.overlong=keep", "learner.lr=1e-3", "learner.warmup_steps=0",
         "learner.num_ranks=2", "learner.zero_stage=2", "rollout.num_workers=2", *ROLLOUT,
     )  # fmt: skip
     rewards = [row["reward/all"] for row in read_jsonl(user / "runs/rl/metrics.jsonl")]
-    assert len(rewards) == 14
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
+    assert len(rewards) == 5
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1, rewards
     rows = read_jsonl(user / "runs/rl/metrics.jsonl")
     assert all(row["replay/coverage"] == 1.0 for row in rows)
     assert all(row["probe/mean_abs"] < 0.05 for row in rows)
@@ -112,7 +112,7 @@ def test_student_closes_the_gap_to_two_teachers(user: Path) -> None:
     posttrain(
         user, "mopd", "model.path=runs/sft/model", "data.path=prompts.jsonl", "algorithm.steps=14",
         "teachers.math.path=runs/rl/model", "teachers.code.path=runs/sft/model", "algorithm.prompts_per_step=64",
-        "learner.lr=1e-3", "learner.warmup_steps=0", "algorithm.overlong=keep", *ROLLOUT,
+        "learner.lr=1e-3", "learner.warmup_steps=0", "algorithm.overlong=keep", "teacher_workers.max_initial_kl=4", *ROLLOUT,
     )  # fmt: skip
     rows = read_jsonl(user / "runs/mopd/metrics.jsonl")
     assert rows[0]["code/teacher_abs"] < 0.02, "teacher = student gives nothing at step 1"
