@@ -95,12 +95,12 @@ def test_user_reward_rises_on_two_ranks_and_two_workers(user: Path) -> None:
     """The model comes from the SFT run, so this also loads its result in vLLM."""
     posttrain(
         user, "rl", "model.path=runs/sft/model", "data.path=prompts.jsonl", "domain=math",
-        "rewards._target_=my_module.VowelReward", "algorithm.steps=5", "algorithm.prompts_per_step=12",
+        "rewards._target_=my_module.VowelReward", "algorithm.steps=6", "algorithm.prompts_per_step=12",
         "algorithm.group_size=8", "algorithm.overlong=keep", "learner.lr=1e-3", "learner.warmup_steps=0",
         "learner.num_ranks=2", "learner.zero_stage=2", "rollout.num_workers=2", *ROLLOUT,
     )  # fmt: skip
     rewards = [row["reward/all"] for row in read_jsonl(user / "runs/rl/metrics.jsonl")]
-    assert len(rewards) == 5
+    assert len(rewards) == 6
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1, rewards
     rows = read_jsonl(user / "runs/rl/metrics.jsonl")
     assert all(row["replay/coverage"] == 1.0 for row in rows)
