@@ -16,7 +16,7 @@ demo: setup ## SFT, one RL teacher per domain and MOPD on a tiny model (QUICK=1:
 	@$(PY) -m examples.tiny.demo
 
 test: setup ## all tests that need no GPU and are not slow
-	@$(PY) -m pytest -m "not gpu and not slow" -q
+	@$(PY) -m pytest -m "not gpu and not slow" -q --durations=15
 
 test-slow: setup ## the slow tests
 	@$(PY) -m pytest -m "slow and not gpu" -q
