@@ -162,7 +162,10 @@ class RunFolder:
     # The start ------------------------------------------------------------------------------------------------
 
     def _begin(self, cfg: RunConfig) -> None:
-        """Write config.yaml and manifest.json, and compare the checkpoints' fingerprints with the former ones."""
+        """Compare the checkpoints' fingerprints with the former ones; write config.yaml and manifest.json.
+
+        A run that is finished, and will not go on, keeps its own.
+        """
         fingerprints = _fingerprints(cfg)
         former = self.read_json("manifest.json")
         for key, value in (former or {}).get("fingerprints", {}).items():
@@ -171,10 +174,17 @@ class RunFolder:
                     f"{key}={_value(cfg, key)!r}: its weights changed since this run began in {self.path};"
                     " choose another name=, or start over with fresh=true"
                 )
-        if former is not None and (changed := _changes(self.path, cfg)):
-            print(
-                f"{self.path}: settings changed since it was last started: {', '.join(changed)}", flush=True
-            )
+        changed = ", ".join(_changes(self.path, cfg)) if former is not None else ""
+        if self._steps is not None and self.finished:  # the record stays that of the run that made the model
+            if changed:
+                print(
+                    f"{self.path}: finished before, a change of settings has no effect: {changed};"
+                    " give another name=, or start over with fresh=true",
+                    flush=True,
+                )
+            return
+        if changed:
+            print(f"{self.path}: settings changed since it was last started: {changed}", flush=True)
         now = manifest.build(command_of(cfg), cfg.seed, fingerprints)
         text = f"# posttrain {command_of(cfg)} --config {self.path / 'config.yaml'}\n" + _yaml(cfg)
         disk.write_atomic(self.path / "config.yaml", text)

@@ -292,6 +292,20 @@ def test_finished_and_more_steps(make):
     assert not RunFolder.open(make("sft", "algorithm.steps=9")).finished
 
 
+def test_a_finished_run_keeps_its_record(make, capsys):
+    RunFolder.open(make("sft", "algorithm.steps=5", "learner.lr=2e-5")).finish()
+    before = contents(Path(make().runs_dir) / "run")
+    folder = RunFolder.open(make("sft", "algorithm.steps=5", "learner.lr=3e-5"))
+    assert folder.finished and contents(folder.path) == before
+    out = capsys.readouterr().out
+    assert "has no effect: learner.lr 2e-05 -> 3e-05; give another name=" in out and out.count("\n") == 1
+    RunFolder.open(make("sft", "algorithm.steps=5", "learner.lr=2e-5"))
+    assert contents(folder.path) == before and capsys.readouterr().out == ""
+    RunFolder.open(make("sft", "algorithm.steps=7", "learner.lr=3e-5"))
+    written = yaml.safe_load((folder.path / "config.yaml").read_text())
+    assert written["learner"]["lr"] == 3e-5 and "no effect" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def finished_pipeline(make, tmp_path):
     """A pipeline whose SFT (5 steps) and teachers (math by RL, 7; code by SFT, 4) are finished, and MOPD has begun."""
