@@ -16,7 +16,7 @@ from examples.tiny.model import build_model
 from posttrain.cli import main
 
 QUICK = [
-    "sft.algorithm.steps=300",
+    "sft.algorithm.steps=160",
     "rl.algorithm.steps=8",
     "mopd.algorithm.steps=8",
     "teachers.tool.steps=8",
@@ -47,7 +47,7 @@ def demo(seed: int, quick: bool, out: Path) -> int:
     code = main(["pipeline", *overrides])
     if quick and code == 0:
         print(
-            "QUICK=1: the same flow with a tenth of the steps and prompts; these numbers are not meant to convince."
+            "QUICK=1: the same flow with a fraction of the steps and prompts; these numbers are not meant to convince."
         )
     print(f"whole demo: {time.perf_counter() - begin:.0f} s")
     return code
