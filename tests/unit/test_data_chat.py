@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import numpy as np
 import pytest
 
@@ -180,10 +181,24 @@ def test_load_tokenizer_round_trip(tmp_path):
 def test_load_tokenizer_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"model\.path=.*no such directory"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"model\.path=.*no tokenizer"):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model\.path=.*no tokenizer files .*copy tokenizer\.json there"):
         load_tokenizer(tmp_path)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no chat template"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_ordinary_tokens_is_refused(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    special = {token["content"] for token in content["added_tokens"]}
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: vocab[token] for token in vocab if token in special}
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no tokens but special ones"):
         load_tokenizer(tmp_path)
