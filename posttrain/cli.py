@@ -125,10 +125,12 @@ def _run_command(options: argparse.Namespace) -> int:
 
 def _start(command: str, cfg: RunConfig) -> int:
     from posttrain.plan import print_plan
+    from posttrain.run_folder import check_folder
     from posttrain.validate import validate
 
     report = validate(cfg)
     if cfg.dry_run:
+        check_folder(cfg)
         print_plan(command, cfg, report)
         return 0
     import_module(f"posttrain.runs.{MODULES[command]}").run(cfg)

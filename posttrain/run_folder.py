@@ -70,6 +70,7 @@ class RunFolder:
         folder = cls(path, cfg)
         if cfg.fresh:
             _move_aside(path, cfg)
+        _check_inputs(path, cfg)
         _check_same_run(path, cfg)
         folder._begin(cfg)
         return folder
@@ -193,6 +194,19 @@ class RunFolder:
         )
 
 
+def check_folder(cfg: RunConfig) -> None:
+    """What `RunFolder.open` refuses about name and folder, without a change on the disk.
+
+    Raises:
+        UserError: not a plain name, or the folder belongs to another run.
+    """
+    path = (Path(cfg.runs_dir) / cfg.name).absolute()
+    _check_name(cfg)
+    _check_inputs(path, cfg)
+    if not cfg.fresh:
+        _check_same_run(path, cfg)
+
+
 def command_of(cfg: RunConfig) -> str:
     """The command that a configuration belongs to."""
     return next(name for name, schema in RUNS.items() if schema is type(cfg))
@@ -270,8 +284,8 @@ def _move_aside(path: Path, cfg: RunConfig) -> None:
     print(f"{path}: starting over; what was there is now in {old}", flush=True)
 
 
-def _check_same_run(path: Path, cfg: RunConfig) -> None:
-    way_out = f"choose another name= than {cfg.name!r}, or start over with fresh=true"
+def _check_inputs(path: Path, cfg: RunConfig) -> None:
+    """No run reads a model where it would write its own."""
     for key, value in _inputs(cfg).items():
         if key.endswith("path") and (path / "model") in [
             Path(value).absolute(),
@@ -280,6 +294,10 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
             raise UserError(
                 f"{key}={value!r}: this run would write its own model there; choose another name="
             )
+
+
+def _check_same_run(path: Path, cfg: RunConfig) -> None:
+    way_out = f"choose another name= than {cfg.name!r}, or start over with fresh=true"
     config, record = path / "config.yaml", path / "manifest.json"
     if not (config.exists() and record.exists()):
         if found := [name for name in RUN_FILES[2:] if (path / name).exists()]:

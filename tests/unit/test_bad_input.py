@@ -207,6 +207,16 @@ def test_folder_of_another_run(place, capsys):
     assert found.startswith("data.path='bad.jsonl': ") and "data.path='good.jsonl'" in found
 
 
+def test_a_dry_run_refuses_the_folder_of_another_run(place, capsys):
+    with_rows(numbered(1))
+    found = refused(capsys, "rl", *base(), "data.path=bad.jsonl", "name=former", "dry_run=true")
+    assert found.startswith("data.path='bad.jsonl': ") and "is the folder of a run with" in found
+    assert "give a plain name" in refused(capsys, "rl", *base(), "name=../x", "dry_run=true")
+    assert main(["rl", *base(), "data.path=bad.jsonl", "name=former", "dry_run=true", "fresh=true"]) == 0
+    assert main(["rl", *base(), "name=former", "dry_run=true"]) == 0
+    assert not Path("x").exists() and Path("runs/former/checkpoints/step_1").is_dir()
+
+
 def test_checkpoint_of_another_model(place, capsys):
     shutil.copy("models/teacher/model.safetensors", "models/student/model.safetensors")
     found = refused(capsys, "rl", *base(), "name=former")
