@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from posttrain.config import UserError
 
-
 # Vocabularies as the families name them; tokenizer_config.json alone holds none.
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
