@@ -273,8 +273,10 @@ def _check_required_fields(
 
 
 def _has_field(prompt: Any, names: str) -> bool:
+    from posttrain.data.sources import EMPTY
+
     return any(
-        (prompt.answer is not None) if name == "answer" else name in prompt.metadata
+        (prompt.answer if name == "answer" else prompt.metadata.get(name)) not in EMPTY
         for name in names.split("|")
     )
 

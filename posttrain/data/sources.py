@@ -25,6 +25,7 @@ from posttrain.records import Prompt, TrainingSample
 DEFAULT_DOMAIN = "default"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OWN_FIELDS = {"messages", "domain", "answer", "tools", "system", "id"}
+EMPTY: tuple[Any, ...] = (None, "", [])  # what counts as a missing field
 ENCODE_ROWS = 1024  # rows tokenized in one call
 
 T = TypeVar("T")
@@ -317,7 +318,7 @@ def _check_message(name: str, message: Any) -> None:
 
 def _require_fields(values: dict[str, Any], required: Sequence[str]) -> None:
     for names in required:
-        if all(values.get(name) in (None, "", []) for name in names.split("|")):
+        if all(values.get(name) in EMPTY for name in names.split("|")):
             raise RowError(names, "the field is missing or empty, and the reward of this run reads it")
 
 

@@ -200,6 +200,12 @@ def test_fields_that_a_reward_requires(world, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     found = refusal(world, "rl", "rewards._target_=strict_reward.Strict")
     assert "prompts.jsonl:1" in found and "tests" in found
+    row = {"messages": [{"role": "user", "content": "1+1=?"}], "tests": ["x"]}
+    file = tmp_path / "empty.jsonl"
+    for lacking in ({"answer": ""}, {"answer": "2", "tests": []}):
+        file.write_text(json.dumps(row | lacking) + "\n")
+        found = refusal(world, "rl", "rewards._target_=strict_reward.Strict", f"data.path={file}")
+        assert "empty.jsonl:1" in found and "missing or empty" in found
 
 
 def test_gpus_that_are_not_there(world, monkeypatch):
