@@ -172,14 +172,9 @@ def _interrupted(arguments: list[str], debug: bool) -> int:
 
 
 def _command_help(command: str) -> str:
-    from posttrain.compose import available_groups, command_groups
+    from posttrain.compose import group_options
 
-    options = available_groups()
-    lines = [
-        f"  {place}={'|'.join(options[place.split('@')[0]])}"
-        for place in command_groups(command)
-        if place.split("@")[0] in options
-    ]
+    lines = [f"  {place}={'|'.join(options)}" for place, options in group_options(command).items()]
     return COMMANDS[command] + "\nGroups:\n" + "\n".join(lines) + "\n\nEvery key: docs/configuration.md\n"
 
 

@@ -142,6 +142,21 @@ def command_groups(command: str) -> list[str]:
     return [next(iter(entry)) for entry in primary["defaults"] if isinstance(entry, dict)]
 
 
+def group_options(command: str) -> dict[str, list[str]]:
+    """Options of every group that a command takes; of the experiments those whose keys the command has."""
+    options = available_groups()
+    found = {
+        place: [o for o in options.get(place.split("@")[0], []) if place != "experiment" or _fits(command, o)]
+        for place in command_groups(command)
+    }
+    return {place: names for place, names in found.items() if names}
+
+
+def _fits(command: str, experiment: str) -> bool:
+    keys = yaml.safe_load((config_dir() / "experiment" / f"{experiment}.yaml").read_text())
+    return set(keys) - {"defaults"} <= {field.name for field in dataclasses.fields(RUNS[command])}
+
+
 def _group_text(command: str, override: Override, groups: dict[str, list[str]]) -> str:
     name, _, package = override.key_or_group.partition("@")
     choice = override.value()

@@ -14,7 +14,7 @@ posttrain: post-training for language models, Mixture-of-Experts first.
 
 Settings follow as key=value:
   posttrain sft model.path=DIR data.path=chats.jsonl name=first
-  posttrain pipeline experiment=tiny seed=1
+  posttrain pipeline experiment=tiny name=tiny-seed0    (after `make demo`, which writes its model and data)
   posttrain mopd --config my.yaml learner.lr=2e-6
 
 Options:
@@ -78,7 +78,7 @@ posttrain pipeline: SFT, one teacher per domain, MOPD, evaluation, and a table o
   sft.* rl.* mopd.*                    algorithm and learner of each stage: rl.algorithm.steps=60 mopd.learner.lr=1e-6
 
 Examples:
-  posttrain pipeline experiment=tiny
+  posttrain pipeline experiment=tiny name=tiny-seed0    (after `make demo`, which writes its model and data)
   posttrain pipeline --config my.yaml name=mine
 """,
     "eval": """\

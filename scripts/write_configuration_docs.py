@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from posttrain.compose import available_groups, command_groups
+from posttrain.compose import group_options
 from posttrain.config import RUNS
 from posttrain.schema import Key, type_name, walk
 
@@ -72,12 +72,7 @@ def _common_keys() -> set[str]:
 
 
 def _groups(command: str) -> str:
-    options = available_groups()
-    shown = [
-        f"`{place}=" + "\\|".join(options[place.split("@")[0]]) + "`"
-        for place in command_groups(command)
-        if place.split("@")[0] in options
-    ]
+    shown = [f"`{place}=" + "\\|".join(options) + "`" for place, options in group_options(command).items()]
     return f"Groups: {', '.join(shown)}\n\n"
 
 

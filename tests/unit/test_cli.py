@@ -24,6 +24,12 @@ def test_help_has_words_and_examples(command, capsys):
         assert "Example" in text and "Groups:" in text
 
 
+def test_help_lists_experiments_where_they_compose(capsys):
+    for command in RUNS:
+        main([command, "--help"])
+        assert ("experiment=tiny" in capsys.readouterr().out) is (command == "pipeline")
+
+
 def test_help_is_fast_and_imports_no_engine():
     code = (
         "import sys, posttrain.cli as c; c.main(['rl', '--help']);"
