@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterable
@@ -21,7 +22,8 @@ def resolve(rewards_cfg: dict[str, Any], domains: Iterable[str]) -> dict[str, di
     domains that are not asked for are allowed.
 
     Raises:
-        UserError: a domain without reward, an entry without `_target_`, or a target that cannot be imported.
+        UserError: a domain without reward, an entry without `_target_`, or a target that cannot be imported, is no class,
+            does not take the entry's arguments, or has no `score` of one argument.
     """
     shared = "_target_" in rewards_cfg
     resolved: dict[str, dict[str, Any]] = {}
@@ -37,7 +39,7 @@ def resolve(rewards_cfg: dict[str, Any], domains: Iterable[str]) -> dict[str, di
         if not isinstance(entry, dict) or not isinstance(entry.get("_target_"), str):
             raise UserError(f"{key}={entry!r}: no _target_; {WAY_OUT}")
         resolved[domain] = {str(name): value for name, value in entry.items()}
-        _locate(resolved[domain]["_target_"], key)
+        _locate(resolved[domain], key)
     return resolved
 
 
@@ -45,7 +47,7 @@ def build(entry: dict[str, Any], key: str) -> Reward:
     """Instantiate one reward; UserError naming ``key`` if it cannot be built or has no `score`."""
     from hydra.utils import instantiate
 
-    _locate(entry["_target_"], key)
+    _locate(entry, key)
     try:  # code of a user
         reward = instantiate(entry, _convert_="all")
     except Exception as error:
@@ -56,8 +58,9 @@ def build(entry: dict[str, Any], key: str) -> Reward:
     return reward
 
 
-def _locate(target: str, key: str) -> None:
-    """Import the module and find the attribute. Modules in the working directory count, as for `python -m`."""
+def _locate(entry: dict[str, Any], key: str) -> None:
+    """Import the module and check the class. Modules in the working directory count, as for `python -m`."""
+    target = entry["_target_"]
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     prefix = f"{key}._target_={target!r}"
@@ -73,9 +76,39 @@ def _locate(target: str, key: str) -> None:
         ) from error
     if not hasattr(module, attribute):
         raise UserError(f"{prefix}: module {module_name!r} has no {attribute!r}; {WAY_OUT}")
-    found = getattr(module, attribute)
-    if isinstance(found, type) and not callable(getattr(found, "score", None)):
+    _check_class(getattr(module, attribute), entry, prefix)
+
+
+def _check_class(found: Any, entry: dict[str, Any], prefix: str) -> None:
+    if inspect.isroutine(found):
+        raise UserError(f"{prefix}: a function, not a class; {WAY_OUT}")
+    if not isinstance(found, type):
+        return  # some other callable that makes rewards
+    method = getattr(found, "score", None)
+    if not callable(method):
         raise UserError(f"{prefix}: the class has no score method; {WAY_OUT}")
+    given = {name: value for name, value in entry.items() if not name.startswith("_")}
+    if problem := _unfit(found, *(entry.get("_args_") or ()), **given):
+        raise UserError(
+            f"{prefix}: it cannot be built ({problem}); give the arguments that its __init__ takes"
+        )
+    score = inspect.getattr_static(found, "score")
+    bound = isinstance(score, (staticmethod, classmethod))
+    if (bound or inspect.isfunction(score)) and _unfit(method, *([None] if bound else [None, None])):
+        raise UserError(f"{prefix}: its score method does not take one argument, the rollout; {WAY_OUT}")
+
+
+def _unfit(function: Any, /, *args: Any, **kwargs: Any) -> str | None:
+    """Why a call would not fit the signature, None if it would or cannot be told."""
+    try:  # builtins may have no signature
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:  # code of a user
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -56,6 +56,21 @@ class NoScore:
     pass
 
 
+class WithoutRollout:
+    def score(self):
+        return 0.0, {}
+
+
+class Static:
+    @staticmethod
+    def score(rollout):
+        return 0.5, {}
+
+
+def plain_function(rollout):
+    return 0.0, {}
+
+
 class Unbuildable:
     def __init__(self):
         raise OSError("no dictionary file")
@@ -144,12 +159,29 @@ def test_resolve_shared_and_by_domain():
         ({"_target_": "no_such_module.Thing"}, r"module 'no_such_module' cannot be imported.*PYTHONPATH"),
         ({"_target_": "rewards.exact_match.Nope"}, r"has no 'Nope'"),
         ({"_target_": f"{__name__}.NoScore"}, r"no score method"),
+        ({"_target_": f"{__name__}.plain_function"}, r"a function, not a class; give the dotted path"),
+        ({"_target_": f"{__name__}.WithoutRollout"}, r"score method does not take one argument"),
+        ({"_target_": f"{__name__}.Returns"}, r"cannot be built \(missing a required argument: 'what'\)"),
+        ({"_target_": f"{__name__}.Returns", "what": 1, "x": 2}, r"got an unexpected keyword argument 'x'"),
     ],
 )
 def test_resolve_says_what_is_wrong(entry, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve(entry, ["math"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"_target_": f"{__name__}.Static", "_convert_": "all"},
+        {"_target_": f"{__name__}.Returns", "what": 1},
+        {"_target_": f"{__name__}.Returns", "_args_": [1]},
+        {"_target_": f"{__name__}.Unbuildable"},
+    ],
+)
+def test_resolve_accepts_what_fits(entry):
+    assert resolve(entry, ["math"]) == {"math": entry}
 
 
 def test_build_says_what_is_wrong():
