@@ -97,9 +97,15 @@ def _files(path: Path, key: str) -> list[Path]:
 
 
 def _jsonl_rows(file: Path, bad: BadRows) -> Iterator[Row]:
+    blank = None  # where a blank line stands; at the end of the file it is no row
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if blank:
+                bad.reject(blank, RowError("row", "the line is empty"))
             where = f"{file}:{number}"
+            blank = where if not line.strip() else None
+            if blank:
+                continue
             try:
                 yield Row(where=where, values=_parse(line))
             except RowError as error:
@@ -107,8 +113,6 @@ def _jsonl_rows(file: Path, bad: BadRows) -> Iterator[Row]:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    if not line.strip():
-        raise RowError("row", "the line is empty")
     try:
         values = json.loads(line)
     except UnicodeDecodeError as error:

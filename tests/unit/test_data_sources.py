@@ -130,6 +130,16 @@ def test_last_line_cut_off(tmp_path, tokenizer):
         load_prompts(DataConfig(path=str(path)), tokenizer, 64)
 
 
+def test_a_blank_last_line_is_no_row(tmp_path, tokenizer):
+    path = tmp_path / "p.jsonl"
+    for ending in ("\n\n", "\n  "):
+        path.write_text(json.dumps(GOOD) + ending)
+        assert len(load_prompts(DataConfig(path=str(path)), tokenizer, 64)) == 1
+    path.write_text(json.dumps(GOOD) + "\n\n\n")
+    with pytest.raises(UserError, match=r"p\.jsonl:2: row: the line is empty"):
+        load_prompts(DataConfig(path=str(path)), tokenizer, 64)
+
+
 def test_duplicate_ids(tmp_path, tokenizer):
     path = write(
         tmp_path / "p.jsonl",
