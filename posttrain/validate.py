@@ -201,6 +201,8 @@ def _check_data(cfg: RunConfig, report: Report) -> None:
             stage = cfg.sft if isinstance(cfg, PipelineRun) else cast(SFTRun, cfg)
             domain = cfg.domain if isinstance(cfg, SFTRun) else None
             samples = load_conversations(data, tokenizer, stage.algorithm.max_tokens, domain=domain)
+            longest = max(len(sample.token_ids) for sample in samples)
+            _check_conversation_length(cfg, stage.algorithm.max_tokens, longest, report.model.context)
             report.num_conversations = _count(sample.domain for sample in samples)
             continue
         room = cast(Any, cfg).rollout.max_model_len - cast(Any, cfg).rollout.max_new_tokens
@@ -214,6 +216,15 @@ def _check_data(cfg: RunConfig, report: Report) -> None:
         else:
             report.num_prompts = _count(prompt.domain for prompt in prompts)
             training = {str(prompt.messages) for prompt in prompts}
+
+
+def _check_conversation_length(cfg: RunConfig, max_tokens: int, longest: int, context: int | None) -> None:
+    require(
+        context is None or max_tokens <= context or longest <= context,
+        "sft.algorithm.max_tokens" if isinstance(cfg, PipelineRun) else "algorithm.max_tokens",
+        max_tokens,
+        f"a conversation has {longest} tokens and the model's context is {context}; give at most {context}",
+    )
 
 
 def _refuse_unused_held_out(cfg: RunConfig) -> None:

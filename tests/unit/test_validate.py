@@ -208,6 +208,19 @@ def test_fields_that_a_reward_requires(world, tmp_path, monkeypatch):
         assert "empty.jsonl:1" in found and "missing or empty" in found
 
 
+def test_a_conversation_longer_than_the_context(world, tmp_path):
+    context = check_model(str(world / "mimo")).context
+    assert context is not None and context < 2048
+    messages = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "1" * context}]
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    found = refusal(world, "sft", f"data.path={file}")
+    assert found.startswith("algorithm.max_tokens=2048: a conversation has ")
+    assert found.endswith(f"the model's context is {context}; give at most {context}")
+    found = refusal(world, "sft", f"data.path={file}", f"algorithm.max_tokens={context}")
+    assert "long.jsonl:1: messages: the conversation has" in found
+
+
 def test_gpus_that_are_not_there(world, monkeypatch):
     monkeypatch.setattr(gpus, "num_gpus", lambda: 0)
     found = refusal(world, "rl", "rollout.num_gpus_per_worker=1")
