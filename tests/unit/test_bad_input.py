@@ -160,7 +160,7 @@ def test_student_with_a_truncated_shard(place, capsys):
     ],
 )
 def test_malformed_rows_name_line_and_field(place, capsys, row, expected):
-    assert expected in rl(capsys, with_rows(numbered(5), row))
+    assert expected in rl(capsys, with_rows(numbered(5), row, numbered(3)))
 
 
 def test_empty_file(place, capsys):
