@@ -47,6 +47,7 @@ def measure(work: Path, num_steps: int, sft_steps: int) -> dict[str, Any]:
         f"sft.algorithm.steps={sft_steps}",
         f"mopd.algorithm.steps={WARM_UP_STEPS + num_steps}",
         "tracking.wandb=disabled",
+        "tracking.rollout_every_steps=1000",  # samples and replay measurements are not part of a step
         *(f"teachers.{d}.train=sft" for d in ("math", "code", "tool", "instruct")),
         *(f"teachers.{d}.steps=20" for d in ("math", "code", "tool", "instruct")),
     ]
