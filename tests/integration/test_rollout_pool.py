@@ -185,9 +185,10 @@ def test_a_prompt_that_fills_the_context_is_refused(pool: RolloutPool, models: t
 def test_a_poisoned_prompt_is_quarantined_and_its_neighbours_come_back(
     pool: RolloutPool, models: tuple[str, str]
 ) -> None:
-    settings = SamplingSettings(group_size=2, max_new_tokens=60, max_turns=2)
+    settings = SamplingSettings(group_size=2, max_new_tokens=60)
     pool.load_checkpoint(models[1], policy_version=6)
-    pool.submit(make_prompt(models, 99, "tool", poison=True), settings, "poisoned")
+    deadly = SamplingSettings(group_size=16, max_new_tokens=100, max_turns=2)  # one ends its turn for sure
+    pool.submit(make_prompt(models, 99, "tool", poison=True), deadly, "poisoned")
     for number in range(6):
         pool.submit(make_prompt(models, number), settings, f"n{number}")
     groups = groups_of(pool.drain())
@@ -209,6 +210,7 @@ def test_a_poisoned_prompt_is_quarantined_and_its_neighbours_come_back(
 def test_a_slow_group_holds_up_neither_the_others_nor_the_backlog(
     pool: RolloutPool, models: tuple[str, str]
 ) -> None:
+    pool.load_checkpoint(models[1], policy_version=7)  # waits for workers that are being started
     sizes = [worker.max_num_seqs for worker in pool._workers]
     for worker in pool._workers:
         worker.max_num_seqs = 8

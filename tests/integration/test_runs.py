@@ -144,6 +144,7 @@ def test_pipeline_killed_in_every_stage_resumes(pipeline_inputs: Path) -> None:
             "code": {"train": "sft", "steps": 4},
         },
         "eval": {"num_samples": 2, "cross_num_prompts": 4},
+        "rollout": {"num_workers": 1},
         "checkpoint": {"every_steps": 2},
     }
     (pipeline_inputs / "small.yaml").write_text(yaml.safe_dump(config))
