@@ -16,7 +16,8 @@ demo: setup ## SFT, one RL teacher per domain and MOPD on a tiny model (QUICK=1:
 	@$(PY) -m examples.tiny.demo
 
 test: setup ## all tests that need no GPU and are not slow
-	@$(PY) -m pytest -m "not gpu and not slow" -q --durations=15
+	@$(PY) -m pytest tests/unit -m "not gpu and not slow" -q -n auto
+	@$(PY) -m pytest tests/integration -m "not gpu and not slow" -q --durations=20
 
 test-slow: setup ## the slow tests
 	@$(PY) -m pytest -m "slow and not gpu" -q
@@ -25,7 +26,7 @@ check: setup ## formatting, lint, types, unit tests
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m pytest tests/unit -q -x
+	@$(PY) -m pytest tests/unit -q -x -n auto
 
 format: setup ## format and apply the lint fixes
 	@$(PY) -m ruff format .
