@@ -32,10 +32,10 @@ def require_at_least(low: float, section: str, values: Any, *names: str) -> None
 
 
 def require_above(low: float, section: str, values: Any, *names: str) -> None:
-    """`require` that fields of ``values`` are more than ``low``."""
+    """`require` that fields of ``values`` are more than ``low``; None stands for "not given" and passes."""
     for name in names:
         value = getattr(values, name)
-        require(value > low, f"{section}.{name}", value, f"give more than {low:g}")
+        require(value is None or value > low, f"{section}.{name}", value, f"give more than {low:g}")
 
 
 class Dtype(StrEnum):
@@ -231,6 +231,9 @@ class LearnerConfig:
     """Row length into which several documents are packed; 0 gives every document a row of its own."""
     routing_replay: Replay = Replay.auto
     """auto: MoE models replay the recorded routes in RL and MOPD (R3)."""
+    max_route_distance: float | None = 0.5
+    """Recorded routes of a rollout may be this far from the live ones in any layer (0: equal, 1: chance); above it they
+    are of other weights, tokens or layers, and the rollout stays out of the loss. null: no limit."""
     expert_bias_rate: float = 0.0
     """gamma of the aux-loss-free bias update, once per optimizer step; 0 leaves the bias alone."""
     aux_loss_coef: float = 0.0
@@ -266,7 +269,7 @@ class LearnerConfig:
         )
         require_at_least(0, "learner", self, "warmup_steps", "weight_decay", "grad_clip", "pack_tokens")
         require_at_least(0, "learner", self, "expert_bias_rate", "aux_loss_coef")
-        require_above(0, "learner", self, "eps")
+        require_above(0, "learner", self, "eps", "max_route_distance")
         self._check_gpus()
         for key in (
             "gradient_accumulation_steps",
@@ -613,12 +616,25 @@ class EvalRun(RunConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class ReplayCheck:
+    num_rollouts: int = 48
+    """Rollouts to sample; a quarter of them go on from another one's end, through the prefix cache."""
+    max_new_tokens: int = 64
+    """Upper bound on sampled tokens per turn."""
+
+    def __post_init__(self) -> None:
+        require_at_least(4, "replay", self, "num_rollouts")
+        require_at_least(1, "replay", self, "max_new_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
 class DoctorRun(RunConfig):
-    """`posttrain doctor`: versions, devices, memory, and what is wrong."""
+    """`posttrain doctor`: versions, devices, memory, and what is wrong; `posttrain doctor replay`: routing replay."""
 
     name: str = "doctor"
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    replay: ReplayCheck = field(default_factory=ReplayCheck)
 
 
 RUNS: dict[str, type[RunConfig]] = {

@@ -24,6 +24,7 @@ import numpy as np
 import ray
 
 from posttrain.advantages import group_advantages
+from posttrain.alarms import Alarms
 from posttrain.config import Dtype, Overlong, PolicyAlgorithm, UserError
 from posttrain.learner.group import LearnerGroup
 from posttrain.records import (
@@ -131,6 +132,7 @@ class PolicyLoop:
         self.wave_of: dict[str, int] = {}
         self.num_quarantined = len(rollouts.quarantined)  # of former stages on the same workers
         self.checked_teachers: set[str] = set()
+        self.alarms = Alarms()
 
     def run(self, first_step: int) -> None:
         """Train steps ``first_step .. algorithm.steps`` (1-indexed, inclusive)."""
@@ -152,11 +154,18 @@ class PolicyLoop:
                 metrics |= {f"replay_check/{name}": value for name, value in mismatch.items()}
             with clock("train"):
                 metrics |= self.learner.train_step(samples, self.loss, step, self.algorithm.updates_per_batch)
+            if metrics.get("replay/rejected"):
+                for name, reason in self.learner.rejected().items():
+                    self.tracker.event(
+                        "rollout_rejected", step=step, rollout=name, message=f"{name}: {reason}"
+                    )
             with clock("update_weights"):
                 metrics |= self.update_weights(policy_version=step)
             self.scheduler.trained(c.summary.group_id for c in wave.done)
             if self.rollout_samples and is_sampled_step:
                 self.write_samples(wave, step)
+            for name, message in self.alarms.check(metrics):
+                self.tracker.event("alarm", name=name, step=step, message=message)
             # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
             self.tracker.log(step, metrics | clock.metrics(num_tokens=metrics["tokens/all"]))
             if step % self.checkpoint_every == 0 or step == last_step:
@@ -210,6 +219,8 @@ class PolicyLoop:
             target = wave if owner == wave.step else self.waves[owner]
             target.waiting.discard(summary.group_id)
             target.done.append(Collected(ref=ref, summary=summary))
+            for error in sorted({error for error in summary.errors if error}):
+                self.tracker.event("rollout_dropped", group_id=summary.group_id, error=error)
         for prompt_id, reason in self.rollouts.quarantined[self.num_quarantined :]:
             self.num_quarantined += 1
             self.tracker.event("prompt_quarantined", prompt_id=prompt_id, reason=reason)
@@ -408,10 +419,14 @@ def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:
                 values[f"length/{name}"].append(summary.num_loss_tokens[i])
                 values[f"truncated/{name}"].append(status is RolloutStatus.truncated)
                 values[f"failed/{name}"].append(status not in TRAINABLE)
+            if status not in TRAINABLE:
+                values[f"dropped/{status}"].append(1.0)
                 if collected.rewards is not None and collected.rewards[i].error is None:
                     values[f"reward/{name}"].append(collected.rewards[i].reward)
         values[f"share/prompts/{summary.domain}"].append(1.0)
-    metrics = {k: float(np.mean(v)) for k, v in values.items() if not k.startswith("share/")}
+    counted = {k: float(sum(v)) for k, v in values.items() if k.startswith("dropped/")}
+    metrics = {k: float(np.mean(v)) for k, v in values.items() if not k.startswith(("share/", "dropped/"))}
+    metrics |= counted
     metrics |= {k: sum(v) / len(sampled) for k, v in values.items() if k.startswith("share/")}
     metrics["tokens/all"] = float(sum(sum(c.summary.num_loss_tokens) for c in sampled))
     metrics["policy_age/max"] = float(max(step - 1 - c.summary.min_policy_version for c in sampled))

@@ -184,6 +184,7 @@ class TrainingSample:
     orm_advantages: np.ndarray | None = None
     routed_experts: np.ndarray | None = None  # [T-1, L_moe, K]
     domain: str = ""
+    name: str = ""  # for messages
 
 
 @dataclass(kw_only=True, slots=True)

@@ -43,6 +43,7 @@ FIXED_OPTIONS: dict[str, Any] = {
     "logprobs_mode": "raw_logprobs",  # at temperature 1, whatever the sampling temperature
     "async_scheduling": False,  # a step in flight while weights change would carry the wrong version
     "skip_tokenizer_init": False,
+    "enable_eplb": False,  # moves experts, so that routes would name physical ones
 }
 
 

@@ -42,6 +42,9 @@ class LearnerActor:
     def train_step(self, batch: RankBatch, loss: LossSettings, step: int, updates: int) -> dict[str, float]:
         return self._worker.train_step(batch, loss, step, updates)
 
+    def rejected(self) -> dict[str, str]:
+        return self._worker.rejected()
+
     def mismatch(self, batch: RankBatch) -> dict[str, float]:
         return self._worker.mismatch(batch)
 

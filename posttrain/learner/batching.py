@@ -7,7 +7,7 @@ no weight. Refuses a sample that does not fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class MicroBatch:
     teacher_logprobs: np.ndarray | None  # [N] float32
     orm_advantages: np.ndarray | None  # [N] float32
     policy_versions: np.ndarray | None  # [N] int64
+    names: list[str] = field(default_factory=list)  # of the documents, for messages
 
     @property
     def token_mask(self) -> np.ndarray:
@@ -171,6 +172,7 @@ def collate(
         teacher_logprobs=_stream([samples[i].teacher_logprobs for i in order], masks, np.float32),
         orm_advantages=_stream([samples[i].orm_advantages for i in order], masks, np.float32),
         policy_versions=_stream([samples[i].policy_versions for i in order], masks, np.int64),
+        names=[samples[i].name for i in order],
     )
 
 

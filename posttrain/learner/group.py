@@ -76,6 +76,11 @@ class LearnerGroup:
         assert samples, "a step needs samples"
         return self._call_each("train_step", self._batches(samples), loss, step, updates)[0]
 
+    def rejected(self) -> dict[str, str]:
+        """Rollouts that the last train step kept out of the loss because their routes contradict the policy (the metric
+        replay/rejected counts them): name -> reason."""
+        return {name: reason for own in self._call("rejected") for name, reason in own.items()}
+
     def mismatch(self, samples: Sequence[SampleRef]) -> dict[str, float]:
         """Policy against rollout logprobs on ``samples``: k3, f1.1, f1.25, f2 and the same ``_without`` replay; for MoE
         models also route_mismatch and coverage."""

@@ -38,8 +38,8 @@ def fetch(
     samples: dict[int, TrainingSample] = {}
     for index, ref in refs.items():
         scores = None if ref.teacher_ref is None else teachers[_key(ref.teacher_ref)][ref.teacher_index]
-        name, sample = _resolve(index, ref, sources[_key(ref.source_ref)], scores)
-        check(name, sample, ref.num_tokens, expected)
+        sample = _resolve(index, ref, sources[_key(ref.source_ref)], scores)
+        check(sample, ref.num_tokens, expected)
         samples[index] = sample
     return samples
 
@@ -56,13 +56,14 @@ def _key(reference: Any) -> Any:
 
 def _resolve(
     index: int, ref: SampleRef, source: RolloutGroup | list[TrainingSample], scores: TeacherScores | None
-) -> tuple[str, TrainingSample]:
-    """Name and streams of one sample. The weight and the outcome advantage are the reference's."""
+) -> TrainingSample:
+    """One sample, named. The weight and the outcome advantage are the reference's."""
     teacher_logprobs = None if scores is None else scores.logprobs
     if isinstance(source, RolloutGroup):
         rollout = source.rollouts[ref.index]
         num_tokens = len(rollout.token_ids)
-        return f"rollout {rollout.rollout_id} of group {rollout.group_id}", TrainingSample(
+        return TrainingSample(
+            name=f"rollout {rollout.rollout_id}",
             token_ids=rollout.token_ids,
             loss_mask=rollout.loss_mask,
             weights=np.full(num_tokens, ref.weight, np.float32),
@@ -75,7 +76,8 @@ def _resolve(
         )
     sample = source[ref.index]
     num_tokens = len(sample.token_ids)
-    return f"sample {index} ({ref.domain or sample.domain})", TrainingSample(
+    return TrainingSample(
+        name=f"sample {index} ({ref.domain or sample.domain})",
         token_ids=sample.token_ids,
         loss_mask=sample.loss_mask,
         weights=np.full(num_tokens, ref.weight, np.float32),
@@ -92,9 +94,9 @@ def _resolve(
     )
 
 
-def check(name: str, sample: TrainingSample, num_tokens: int, expected: Expected) -> None:
+def check(sample: TrainingSample, num_tokens: int, expected: Expected) -> None:
     """Raises `RecordError` naming the sample and the field."""
-    token_ids = sample.token_ids
+    name, token_ids = sample.name, sample.token_ids
     length = len(token_ids)
     if length == 0 or length != num_tokens:
         raise RecordError(f"{name}: token_ids has {length} tokens, its reference says {num_tokens}")

@@ -20,12 +20,13 @@ from torch import Tensor
 from posttrain.config import Dtype, LearnerConfig, ModelConfig, Replay, UserError
 from posttrain.learner import checkpoint, engine, export, losses, model
 from posttrain.learner.batching import MicroBatch, MicroBatchRows, RankBatch, collate
-from posttrain.learner.errors import NonFiniteGradientError
+from posttrain.learner.errors import NonFiniteGradientError, RecordError
 from posttrain.learner.losses import LossInputs
 from posttrain.learner.metrics import Totals, agree
 from posttrain.learner.moe import balance
 from posttrain.learner.moe.replay import RouterReplay
 from posttrain.learner.monitors.num_zeros import NumZeros
+from posttrain.learner.monitors.routes import RouteWatch, add_route_metrics
 from posttrain.learner.optimizer import batch_rates
 from posttrain.learner.policy import Policy, check_packable, num_parameters
 from posttrain.learner.samples import Expected, fetch
@@ -45,6 +46,7 @@ class LearnerWorker:
         self.policy: Policy
         self.replay: RouterReplay | None
         self.num_zeros: NumZeros
+        self._rejected: dict[str, str] = {}
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -131,18 +133,25 @@ class LearnerWorker:
 
     def train_step(self, batch: RankBatch, loss: LossSettings, step: int, updates: int) -> dict[str, float]:
         """``updates`` optimizer steps on one batch; metrics of the whole batch, the same on every rank. ``lr``,
-        ``grad_norm`` and the zeros are those of the last update.
+        ``grad_norm`` and the zeros are those of the last update. A rollout whose routes contradict the live routers
+        stays out of the loss, see `rejected`.
 
-        Raises `RecordError` for a bad record and `NonFiniteGradientError`, both before weights change.
+        Raises `RecordError` for a bad record, for a token without a route, or where many routes contradict, and
+        `NonFiniteGradientError`, all before weights change.
         """
         replayed = self._replays(loss)
+        watch = self._route_watch() if replayed else None
         micro_batches = self._micro_batches(batch, self._expected(loss, replayed))
         self.engine.train()
         old = [self._score(b) for b in micro_batches] if updates > 1 else [None] * len(micro_batches)
         totals, metrics = Totals(), {}
         for rate in batch_rates(self.learner, step, updates, self.total_steps):
-            counts = self._accumulate(micro_batches, old, batch, loss, totals)
+            counts = self._accumulate(micro_batches, old, batch, loss, totals, watch)
+            self._check_routes(watch, batch.num_samples)
             metrics = self._update(step, rate, counts)
+        if watch is not None:
+            self._rejected = watch.rejected
+            totals.add_sum("replay/rejected", len(watch.rejected))
         for micro_batch in micro_batches:
             totals.add_sum("num_tokens", int(micro_batch.token_mask.sum()))
             totals.add_sum("num_loss_tokens", len(micro_batch.target_ids))
@@ -159,6 +168,7 @@ class LearnerWorker:
         batch: RankBatch,
         loss: LossSettings,
         totals: Totals,
+        watch: RouteWatch | None,
     ) -> Tensor | None:
         """Forward and backward of all micro-batches. Returns this rank's tokens per expert [L, E], None if dense."""
         counts: Tensor | None = None
@@ -168,6 +178,8 @@ class LearnerWorker:
             with self._routing(micro_batch, keep_scores=self._aux_coef(loss) > 0):
                 logprobs = self._forward(micro_batch)
                 inputs = self._loss_inputs(micro_batch, logprobs, old_logprobs, batch.domains)
+                if watch is not None:
+                    inputs.weights = inputs.weights * self._trusted(watch, micro_batch)
                 output = losses.compute(inputs, loss)
                 total = output.loss
                 if self._aux_coef(loss) > 0:
@@ -184,10 +196,33 @@ class LearnerWorker:
             if self.replay is not None and self.replay.last is not None:
                 live = self.replay.last
                 counts = live.counts_LE if counts is None else counts + live.counts_LE
-                if micro_batch.routes is not None:
-                    totals.add_mean("replay/coverage", *live.coverage())
-                    totals.add_mean("replay/route_mismatch", *live.route_mismatch())
+                if watch is not None:
+                    add_route_metrics(totals, self.replay, "replay/")
         return counts
+
+    def _route_watch(self) -> RouteWatch:
+        assert self.replay is not None
+        limit = self.learner.max_route_distance
+        return RouteWatch(replay=self.replay, limit=float("inf") if limit is None else limit)
+
+    def _trusted(self, watch: RouteWatch, micro_batch: MicroBatch) -> Tensor:
+        """[N] bool: loss tokens of rollouts whose routes may be of this policy."""
+        documents = self._tensor(micro_batch.document_ids)
+        keep = watch.watch(documents, self._tensor(micro_batch.expected_mask), micro_batch.names)
+        return keep[documents.flatten()[self._tensor(micro_batch.target_positions)]]
+
+    def _check_routes(self, watch: RouteWatch | None, num_samples: int) -> None:
+        if watch is None:
+            return
+        try:  # this rank's gradients must not stay behind
+            watch.check(num_samples)
+        except RecordError:
+            engine.clear_gradients(self.engine)
+            raise
+
+    def rejected(self) -> dict[str, str]:
+        """Rollouts of this rank that the last train step kept out of the loss: name -> reason."""
+        return self._rejected
 
     def _update(self, step: int, rate: float, counts: Tensor | None) -> dict[str, float]:
         """Checks the gradient, counts its zeros, steps, clears it, moves the expert bias."""
@@ -233,15 +268,15 @@ class LearnerWorker:
     def mismatch(self, batch: RankBatch) -> dict[str, float]:
         """Distance of the policy to what the rollout engine reported, with recorded routes and (``_without``) live ones.
 
-        k3, f1.1, f1.25, f2 over loss tokens; MoE models add route_mismatch and coverage.
+        k3, f1.1, f1.25, f2 over loss tokens; MoE models add coverage and route_mismatch,
+        in all and as ``route_mismatch/layer_<global number>``.
         """
         settings = LossSettings(kind="policy_gradient", beta=0.0, alpha=0.0)
         totals = Totals()
         for micro_batch in self._micro_batches(batch, self._expected(settings, self._replays(settings))):
             self._add_mismatch(totals, micro_batch, "")
-            if micro_batch.routes is not None and self.replay is not None and self.replay.last is not None:
-                totals.add_mean("coverage", *self.replay.last.coverage())
-                totals.add_mean("route_mismatch", *self.replay.last.route_mismatch())
+            if micro_batch.routes is not None and self.replay is not None:
+                add_route_metrics(totals, self.replay)
             self._add_mismatch(totals, replace(micro_batch, routes=None), "_without")
         return totals.reduce()
 

@@ -224,3 +224,4 @@ def test_engine_options_are_checked(run: Callable[..., Any]) -> None:
     assert "rollout.vllm.max_num_seq=4" in run(options_error, {"max_num_seq": 4})
     assert "set rollout.dtype instead" in run(options_error, {"dtype": "float16"})
     assert "async_scheduling" in run(options_error, {"async_scheduling": True})
+    assert "rollout.vllm.enable_eplb=True" in run(options_error, {"enable_eplb": True})

@@ -125,7 +125,7 @@ def _longer(group: RolloutGroup) -> None:
 def test_bad_records(spoil: Callable[[RolloutGroup], None], message: str) -> None:
     group = make_group()
     spoil(group)
-    with pytest.raises(RecordError, match=rf"^rollout r0 of group g: .*{message}"):
+    with pytest.raises(RecordError, match=rf"^rollout r0: .*{message}"):
         fetch(reference(group, None), list, expected(teacher_logprobs=False))
 
 

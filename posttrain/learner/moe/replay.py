@@ -29,6 +29,7 @@ class LiveRouting:
     replayed_L: Tensor  # float64: real tokens that followed a recorded route
     num_tokens: Tensor  # float64: real tokens
     num_expected: Tensor  # float64: tokens that must have a route (``expected_mask``)
+    outside_LN: Tensor  # uint8: recorded experts of each token that its live set lacks
     scores: list[Tensor | None] = field(
         default_factory=list
     )  # per layer [N, E] with graph; only with keep_scores
@@ -50,7 +51,6 @@ class _Context:
     """The open `RouterReplay.routes` block; flat over N = B * T."""
 
     routes: Tensor | None  # [N, L, K]
-    sorted_routes: Tensor | None  # [N, L, K], each set in order, for comparison
     token_mask: Tensor | None  # [N] bool; None: every token is real
     keep_scores: bool
 
@@ -123,7 +123,7 @@ class RouterReplay:
     def _open(self, routes_BTLK: Tensor | None, token_mask_BT: Tensor | None, keep_scores: bool) -> _Context:
         mask = None if token_mask_BT is None else token_mask_BT.reshape(-1).bool()
         if routes_BTLK is None:
-            return _Context(None, None, mask, keep_scores)
+            return _Context(None, mask, keep_scores)
         if routes_BTLK.dim() != 4 or routes_BTLK.shape[2:] != (self.num_layers, self.top_k):
             raise ValueError(
                 f"routes of shape {tuple(routes_BTLK.shape)}, expected [B, T, {self.num_layers}, {self.top_k}]"
@@ -144,7 +144,7 @@ class RouterReplay:
                 f"route {routes[row, layer].tolist()} of token {row}, MoE layer {layer}: expected {self.top_k} "
                 f"different experts below {self.num_experts}, or -1 throughout"
             )
-        return _Context(routes, ordered, mask, keep_scores)
+        return _Context(routes, mask, keep_scores)
 
     def _empty(self, context: _Context, expected_mask_BT: Tensor | None) -> LiveRouting:
         mask = context.token_mask
@@ -161,6 +161,12 @@ class RouterReplay:
             replayed_L=zeros.clone(),
             num_tokens=num_tokens,
             num_expected=expected,
+            outside_LN=torch.zeros(
+                self.num_layers,
+                0 if context.routes is None else len(context.routes),
+                dtype=torch.uint8,
+                device=device,
+            ),
             scores=layers,
             indices=list(layers),
         )
@@ -203,11 +209,13 @@ class RouterReplay:
             last.indices[index] = live
         if context.routes is None:
             return live
-        assert context.sorted_routes is not None
         recorded = context.routes[:, index]
         is_live = recorded[:, 0] < 0
-        same = (live.sort(dim=-1).values == context.sorted_routes[:, index]).all(-1)
-        last.replayed_L[index] = weights[~is_live].sum()
-        last.mismatched_L[index] = weights[~is_live & ~same].sum()
+        outside = (recorded[:, :, None] != live[:, None, :]).all(-1).sum(-1)
+        same = outside == 0
+        replayed = weights * ~is_live
+        last.replayed_L[index] = replayed.sum()
+        last.mismatched_L[index] = (replayed * ~same).sum()
+        last.outside_LN[index] = (outside * replayed).to(torch.uint8)
         # Equal sets keep the live order: where nothing differs, no bit of the output changes.
         return torch.where((is_live | same)[:, None], live, recorded)
