@@ -29,6 +29,7 @@ from posttrain.config import (
     require,
 )
 from posttrain.gpus import check_gpus, learners_of
+from posttrain.tracking.wandb_sink import check_account
 from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
 from teachers.preflight import check_files
 
@@ -67,6 +68,7 @@ class Report:
 
 def validate(cfg: RunConfig) -> Report:
     """Check one run. Raises `UserError` for the first thing that cannot work."""
+    check_account(cfg.tracking)
     report = Report(model=check_model(cfg.model.path, revision=cfg.model.revision))
     if cfg.model.trust_remote_code:
         report.notes.append("model.trust_remote_code=true: Python code of the checkpoint will run")

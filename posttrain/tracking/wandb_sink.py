@@ -16,6 +16,18 @@ from posttrain.config import TrackingConfig, UserError, WandbMode
 ID_FILE = "wandb_id"
 
 
+def check_account(cfg: TrackingConfig) -> None:
+    """Raises `UserError` for online mode without an API key. Asks no server."""
+    if cfg.wandb != WandbMode.online:
+        return
+    import wandb
+
+    if not wandb.api.api_key:
+        raise UserError(
+            "tracking.wandb='online': no API key; run `wandb login`, set WANDB_API_KEY, or use tracking.wandb=offline"
+        )
+
+
 class WandbSink:
     """One wandb run."""
 
@@ -23,10 +35,7 @@ class WandbSink:
         """Start or continue the run. Raises `UserError` for online mode without an API key."""
         import wandb
 
-        if cfg.wandb == WandbMode.online and not wandb.api.api_key:
-            raise UserError(
-                "tracking.wandb='online': no API key; run `wandb login`, set WANDB_API_KEY, or use tracking.wandb=offline"
-            )
+        check_account(cfg)
         self._run = wandb.init(
             mode=cfg.wandb.value,
             project=cfg.project,

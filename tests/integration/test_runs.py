@@ -55,6 +55,18 @@ def steps(run: Path) -> list[int]:
     return [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
 
 
+def kill_in(folder: Path, stage: Path, command: list[str]) -> None:
+    """`kill -9` of the driver once ``stage`` has a checkpoint and has gone on from it."""
+    process = start(folder, *command)
+    deadline = time.monotonic() + 240
+    while not (stage / "checkpoints/latest").exists() or len(steps(stage)) < 3:
+        assert process.poll() is None, (folder / "posttrain.log").read_text()[-6000:]
+        assert time.monotonic() < deadline, (folder / "posttrain.log").read_text()[-6000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -77,12 +89,16 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_user_trains_own_checkpoint_on_own_messages(user: Path) -> None:
-    posttrain(
-        user, "sft", "data.path=chat.jsonl", "model.path=my_model", "algorithm.steps=12",
+    """Killed in the middle, and started again by the same command."""
+    command = [
+        "sft", "data.path=chat.jsonl", "model.path=my_model", "algorithm.steps=20", "checkpoint.every_steps=4",
         "algorithm.batch_size=32", "learner.lr=1e-3", "learner.aux_loss_coef=1e-4", "learner.expert_bias_rate=0",
-    )  # fmt: skip
+    ]  # fmt: skip
+    kill_in(user, user / "runs/sft", command)
+    posttrain(user, *command)
+    assert "resuming after step" in (user / "posttrain.log").read_text()
     rows = read_jsonl(user / "runs/sft/metrics.jsonl")
-    assert [r["step"] for r in rows] == list(range(1, 13))
+    assert [r["step"] for r in rows] == list(range(1, 21))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,18 +138,24 @@ def test_student_closes_the_gap_to_two_teachers(user: Path) -> None:
     assert {e["domain"] for e in preflight} >= {"math", "code"}
 
 
-@pytest.fixture(scope="module")
-def pipeline_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def pipeline_inputs(tmp_path: Path) -> Path:
     from examples.tiny.make_data import make
 
-    folder = tmp_path_factory.mktemp("pipeline")
+    folder = tmp_path
     make(folder / "runs/tiny/inputs", seed=0, num_sft=640, num_prompts=160, num_valid=8, num_heldout=16)
     tiny_mimo(folder / "runs/tiny/inputs/model", seed=0)
     return folder
 
 
-def test_pipeline_killed_in_every_stage_resumes(pipeline_inputs: Path) -> None:
-    """`kill -9` of the driver in SFT, RL and MOPD; each stage ends with every step exactly once."""
+@pytest.mark.parametrize(
+    "killed_in",
+    [("teachers/math", "mopd"), pytest.param(("sft", "teachers/math", "mopd"), marks=pytest.mark.slow)],
+    ids=len,
+)
+def test_pipeline_killed_in_every_stage_resumes(pipeline_inputs: Path, killed_in: tuple[str, ...]) -> None:
+    """`kill -9` of the driver in SFT, RL and MOPD; each stage ends with every step exactly once. The fast variant leaves
+    SFT to the test of `posttrain sft`."""
     config = {
         "sft": {"algorithm": {"steps": 8}},
         "rl": {"algorithm": {"steps": 4}},
@@ -150,15 +172,8 @@ def test_pipeline_killed_in_every_stage_resumes(pipeline_inputs: Path) -> None:
     (pipeline_inputs / "small.yaml").write_text(yaml.safe_dump(config))
     command = ["pipeline", "experiment=tiny", "--config", "small.yaml"]
     run = pipeline_inputs / "runs/tiny"
-    for stage in ("sft", "teachers/math", "mopd"):
-        process = start(pipeline_inputs, *command)
-        deadline = time.monotonic() + 240
-        while not (run / stage / "checkpoints/latest").exists() or len(steps(run / stage)) < 3:
-            assert process.poll() is None, (pipeline_inputs / "posttrain.log").read_text()[-6000:]
-            assert time.monotonic() < deadline, (pipeline_inputs / "posttrain.log").read_text()[-6000:]
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for stage in killed_in:
+        kill_in(pipeline_inputs, run / stage, command)
     posttrain(pipeline_inputs, *command)
 
     expected = {"sft": 8, "teachers/math": 4, "teachers/code": 4, "teachers/tool": 4, "mopd": 4}

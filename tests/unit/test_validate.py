@@ -262,3 +262,14 @@ def test_visible_gpus(monkeypatch):
 
 def test_trust_remote_code_is_said(world):
     assert "Python code" in validate(config(world, "sft", "model.trust_remote_code=true")).notes[0]
+
+
+def test_wandb_online_without_key_is_refused_before_any_engine(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(type(wandb.api), "api_key", None)
+    with pytest.raises(UserError, match="tracking.wandb='online': no API key"):
+        validate(config(world, "sft", "tracking.wandb=online"))
+    assert validate(config(world, "sft", "tracking.wandb=offline"))

@@ -1,10 +1,12 @@
-"""After an update, every tensor of a running engine equals that of an engine freshly loaded from the same checkpoint.
+"""One engine: after an update every tensor equals that of an engine freshly loaded from the same checkpoint, tokens
+carry the version that sampled them, and a later turn costs and ships its own tokens only.
 
 All engines live in one Ray actor, so that vLLM is imported once and its memory goes with the actor.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
 
 pytestmark = pytest.mark.integration
 PROMPT = list(range(5, 35))
+BLOCK = 32  # the smallest that the CPU back end has
 
 
 class Host:
@@ -56,12 +59,11 @@ def perturbed(source: Path, out: Path, seed: int) -> str:
     return str(out)
 
 
-def make_engine(path: str, dtype: Dtype, on_update: OnUpdate = OnUpdate.recompute) -> Any:
+def make_engine(path: str, dtype: Dtype, on_update: OnUpdate = OnUpdate.recompute, **options: Any) -> Any:
     from rollout.engine import Engine
 
-    cfg = RolloutConfig(
-        max_model_len=256, dtype=dtype, on_update=on_update, vllm={"kv_cache_memory_bytes": 1 << 25}
-    )
+    options |= {"kv_cache_memory_bytes": 1 << 25}
+    cfg = RolloutConfig(max_model_len=256, dtype=dtype, on_update=on_update, vllm=options)
     return Engine(cfg, ModelConfig(path=path), seed=0)
 
 
@@ -207,6 +209,55 @@ def test_requests_meet_an_update_by_rule(
         assert gap[8:].max() > 1e-3, "the old KV stays under tokens in flight"
     fresh = np.abs(later.logprobs - results["later scored"].logprobs[len(PROMPT) :])
     assert fresh.max() < 1e-4, "a new request sees nothing of the old KV"
+
+
+def four_turns(path: str, dtype: Dtype) -> tuple[Any, Any, list[dict[str, int]]]:
+    """Routes of a rollout of four turns as its turns shipped them, those of one prefill, and what each turn cost."""
+    engine = make_engine(path, dtype, block_size=BLOCK)
+    cached: list[int] = []
+    step = engine.vllm.step
+
+    def noting_step() -> Any:
+        outputs = step()
+        cached.extend(output.num_cached_tokens for output in outputs if output.finished)
+        return outputs
+
+    engine.vllm.step = noting_step
+    token_ids, routes, costs = list(PROMPT), [], []
+    for turn in range(4):
+        shipped = sum(map(len, routes))
+        add(engine, str(turn), max_tokens=20, token_ids=token_ids, routes_start=shipped)
+        (result,) = finish(engine).values()
+        assert result.error is None
+        routes.append(result.routed_experts)
+        costs.append(
+            {
+                "given": len(token_ids),
+                "cached": cached[-1],
+                "before": shipped,
+                "rows": len(result.routed_experts),
+            }
+        )
+        token_ids += [*result.token_ids.tolist(), *range(40, 47)]
+    whole = token_ids[: sum(map(len, routes)) + 1]
+    add(engine, "whole", max_tokens=1, token_ids=whole, score=True)
+    return np.concatenate(routes), finish(engine)["whole"].routed_experts, costs
+
+
+@pytest.mark.parametrize(("build", "dtype"), [(tiny_qwen3_moe, Dtype.float32), (tiny_mimo, Dtype.bfloat16)])
+def test_later_turns_compute_and_ship_their_own_tokens_only(
+    run: Callable[..., Any], tmp_path: Path, build: Callable[..., Path], dtype: Dtype
+) -> None:
+    turns, prefill, costs = run(four_turns, str(build(tmp_path / "model")), dtype)
+    assert costs[0]["cached"] == 0
+    for former, cost in itertools.pairwise(costs):
+        assert cost["before"] == former["before"] + former["rows"], "no row is shipped twice"
+        # Only whole blocks are cached, so the last one of the former turn may be computed again.
+        assert cost["before"] - BLOCK < cost["cached"] <= cost["before"]
+    if dtype is Dtype.float32:
+        np.testing.assert_array_equal(turns, prefill)
+    else:  # decoding and prefill round differently
+        assert (turns == prefill).mean() > 0.97
 
 
 def options_error(option: dict[str, Any]) -> str:
