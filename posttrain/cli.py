@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from posttrain.config import RUNS, RunConfig, UserError
-from posttrain.usage import COMMANDS, USAGE
+from posttrain.usage import COMMANDS, TOPICS, USAGE
 
 MODULES = {name: name for name in RUNS} | {"eval": "evaluate"}
 QUIET_ENVIRONMENT = {
@@ -98,13 +98,31 @@ def _run(arguments: list[str]) -> int:
         guess = nearest(options.command, list(RUNS))
         hint = f"did you mean {guess}?" if guess else f"choose {', '.join(RUNS)}"
         raise UserError(f"{options.command}: no such command; {hint}")
+    topic = _take_topic(options)
     if options.help:
-        print(_command_help(options.command))
+        print(_command_help(options.command, topic))
         return 0
-    return _run_command(options)
+    return _run_command(options, topic)
 
 
-def _run_command(options: argparse.Namespace) -> int:
+def _take_topic(options: argparse.Namespace) -> str | None:
+    """The word among the overrides that names a topic of the command, taken out of them."""
+    topics = TOPICS.get(options.command, {})
+    words = [o for o in options.overrides if "=" not in o and not o.startswith("~")] if topics else []
+    for word in words:
+        if word not in topics:
+            from posttrain.schema import nearest
+
+            guess = nearest(word, list(topics))
+            hint = f"did you mean {guess}?" if guess else f"choose {', '.join(topics)}, or none"
+            raise UserError(f"{options.command} {word}: no such topic; {hint}")
+    if len(words) > 1:
+        raise UserError(f"{options.command} {' '.join(words)}: give one topic")
+    options.overrides = [o for o in options.overrides if o not in words]
+    return words[0] if words else None
+
+
+def _run_command(options: argparse.Namespace, topic: str | None) -> int:
     from posttrain.compose import merge, to_object
 
     _prepare_process()
@@ -119,7 +137,7 @@ def _run_command(options: argparse.Namespace) -> int:
     if options.command == "doctor":
         from posttrain.doctor import run as run_doctor
 
-        return run_doctor(cfg)
+        return run_doctor(cfg, topic)
     return _start(options.command, cfg)
 
 
@@ -171,11 +189,12 @@ def _interrupted(arguments: list[str], debug: bool) -> int:
     return 130
 
 
-def _command_help(command: str) -> str:
+def _command_help(command: str, topic: str | None) -> str:
     from posttrain.compose import group_options
 
     lines = [f"  {place}={'|'.join(options)}" for place, options in group_options(command).items()]
-    return COMMANDS[command] + "\nGroups:\n" + "\n".join(lines) + "\n\nEvery key: docs/configuration.md\n"
+    text = TOPICS[command][topic] if topic else COMMANDS[command]
+    return text + "\nGroups:\n" + "\n".join(lines) + "\n\nEvery key: docs/configuration.md\n"
 
 
 def _version() -> str:

@@ -11,6 +11,7 @@ posttrain: post-training for language models, Mixture-of-Experts first.
   posttrain pipeline  all of it: SFT, a teacher per domain, MOPD, a table of the result
   posttrain eval      accuracy of a checkpoint on held-out prompts
   posttrain doctor    what is installed, what a run would use, what is wrong
+  posttrain doctor replay   whether routing replay works for a MoE checkpoint, in numbers
 
 Settings follow as key=value:
   posttrain sft model.path=DIR data.path=chats.jsonl name=first
@@ -94,9 +95,32 @@ Example:
 posttrain doctor: versions, devices, memory, disk, what each kind of run would use, and what is wrong. Exit code 1 if
 something is wrong.
 
+  posttrain doctor replay model.path=DIR    routing replay on a checkpoint; `posttrain doctor replay --help` says more
+
 Examples:
   posttrain doctor
   posttrain doctor model.path=models/base
   posttrain doctor model.path=models/base rollout.num_workers=4 learner.num_ranks=4
 """,
+}
+
+# Words that may follow a command, `posttrain doctor replay`, and the help of each.
+TOPICS = {
+    "doctor": {
+        "replay": """\
+posttrain doctor replay: does routing replay (R3) work for this MoE checkpoint? Starts one engine and one learner on it,
+samples rollouts, and prints one line per check: the engine's routes, full coverage, the routes and logprobs of one
+prefill, live routers against recorded routes, train/inference mismatch with and without replay, a control with wrong
+routes that must be seen, the routers' gradient. Exit code 1 if something is wrong.
+
+  model.path=DIR                   Hugging Face checkpoint; a dense one has nothing to replay
+  data.path=FILE                   real prompts; without it they are random tokens
+  replay.num_rollouts=48 replay.max_new_tokens=64
+  rollout.dtype=bfloat16 learner.dtype=float32    the types of engine and learner; with float32 in both all must agree
+
+Examples:
+  posttrain doctor replay model.path=models/base
+  posttrain doctor replay model.path=models/base data.path=prompts.jsonl replay.num_rollouts=256
+""",
+    },
 }

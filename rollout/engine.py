@@ -26,7 +26,7 @@ from posttrain.config import ModelConfig, OnUpdate, Replay, RolloutConfig, UserE
 from posttrain.records import EngineInfo, WeightBundle
 from rollout.checkpoint import checkpoint_shapes, local_checkpoint
 from rollout.cpu import use_float32_products
-from rollout.segment import Segment, SegmentResult, routes_problem
+from rollout.segment import Segment, SegmentResult, recording_problem, routes_problem
 from rollout.weights import apply_bundle, check_bundle, engine_tensors
 
 OWNED_OPTIONS = {
@@ -106,6 +106,11 @@ class Engine:
         )
         self.num_experts = model_config.get_num_experts()
         self.records_routes = cfg.record_routes is Replay.auto and self.num_experts > 0
+        if self.records_routes and (problem := recording_problem(model_config.hf_text_config)):
+            raise UserError(
+                f"rollout.record_routes=auto: {problem}, so they cannot be replayed; "
+                "set rollout.record_routes=off and learner.routing_replay=off"
+            )
         arguments.enable_return_routed_experts = self.records_routes
         self.vllm = LLMEngine.from_engine_args(arguments)
         self.vllm.collective_rpc(use_float32_products)

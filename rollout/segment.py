@@ -4,6 +4,7 @@ the check of its routes. No vLLM here."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,13 @@ class SegmentResult:
     routed_experts: np.ndarray | None  # [P + n - 1 - routes_start, L_moe, K]; score: [P - 1, L_moe, K]
     finish_reason: str  # "stop" | "length"
     error: str | None = None
+
+
+def recording_problem(hf_config: Any) -> str | None:
+    """Why vLLM's routes for a model of this configuration are not the experts that it chose, or None."""
+    if getattr(hf_config, "zero_expert_num", None):
+        return "vLLM records its identity experts (zero_expert_num) as expert 0"
+    return None
 
 
 def routes_problem(routes: np.ndarray | None, num_rows: int, num_experts: int) -> str | None:

@@ -9,3 +9,7 @@ class RecordError(ValueError):
 
 class NonFiniteGradientError(RuntimeError):
     """The gradient of a step held NaN or infinity. The weights are those from before the step."""
+
+
+class NonFiniteRouterError(NonFiniteGradientError):
+    """A router computed NaN, with which no expert can be chosen or weighted."""

@@ -17,6 +17,8 @@ from posttrain.learner.logprobs import target_logprobs
 
 HEAD_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 PACKABLE_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+# Transformers 5.19 makes the masks of the first two without position ids; Inkling has convolutions besides.
+UNPACKABLE_MODELS = ("gpt_oss", "afmoe", "inkling_text")
 
 
 class Policy(nn.Module):
@@ -77,6 +79,11 @@ def check_packable(model: nn.Module) -> None:
     if others:
         raise UserError(
             f"learner.pack_tokens: {', '.join(others)} layers of {type(model).__name__} would mix packed documents; "
+            "set learner.pack_tokens=0"
+        )
+    if config.model_type in UNPACKABLE_MODELS:
+        raise UserError(
+            f"learner.pack_tokens: the attention of {type(model).__name__} would mix packed documents; "
             "set learner.pack_tokens=0"
         )
 

@@ -136,5 +136,7 @@ def _check_routes(name: str, routes: np.ndarray | None, shape: tuple[int, ...], 
         )
     if routes.shape != shape:
         raise RecordError(f"{name}: routed_experts has shape {routes.shape}, expected {shape}")
+    if routes.dtype not in (np.uint8, np.uint16):
+        raise RecordError(f"{name}: routed_experts has type {routes.dtype}, expected uint8 or uint16")
     if routes.size and int(routes.max()) >= num_experts:
         raise RecordError(f"{name}: routed_experts names expert {int(routes.max())} of {num_experts}")

@@ -33,6 +33,7 @@ def live(scores: list[Tensor], indices: list[Tensor]) -> LiveRouting:
         replayed_L=zero,
         num_tokens=zero,
         num_expected=zero,
+        outside_LN=zero,
         scores=[*scores],
         indices=[*indices],
     )
@@ -41,11 +42,13 @@ def live(scores: list[Tensor], indices: list[Tensor]) -> LiveRouting:
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.has_bias])
 def test_bias_moves_towards_the_idle_experts(name: str) -> None:
     _, replay = attach(name)
-    before = [router.correction_bias().clone().flatten() for router in replay.routers]  # type: ignore[union-attr]
-    counts = torch.tensor([9.0, 1, 4, 4, 4, 4, 2, 4]).expand(replay.num_layers, -1).double()
+    learned = [router for router in replay.routers if not router.is_table]  # a table has no bias
+    before = [router.correction_bias().clone().flatten() for router in learned]  # type: ignore[union-attr]
+    even = [4.0] * (replay.num_experts - NUM_EXPERTS)
+    counts = torch.tensor([9.0, 1, 4, 4, 4, 4, 2, 4, *even]).expand(replay.num_layers, -1).double()
     update_expert_bias(replay, counts, 0.01)
-    step = torch.tensor([-0.01, 0.01, 0, 0, 0, 0, 0.01, 0])
-    for router, old in zip(replay.routers, before, strict=True):
+    step = torch.tensor([-0.01, 0.01, 0, 0, 0, 0, 0.01, 0, *(0.0 for _ in even)])
+    for router, old in zip(learned, before, strict=True):
         bias = router.correction_bias()
         assert bias is not None
         torch.testing.assert_close(bias.flatten(), old + step, rtol=0, atol=1e-7)
@@ -113,7 +116,16 @@ def test_auxiliary_loss_is_the_same_packed_or_apart() -> None:
     torch.testing.assert_close(packed, apart)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_auxiliary_loss_refuses_scores_that_are_no_shares() -> None:
+    model, replay = attach("deepseek_v4")
+    with replay.routes(None, keep_scores=True):
+        model(torch.arange(3, 17).view(2, 7))
+        assert replay.last is not None
+        with pytest.raises(UserError, match="neither by softmax nor by sigmoid"):
+            sequence_auxiliary_loss(replay.last, torch.zeros(2, 7, dtype=torch.int64), 1, 1.0)
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "deepseek_v4"])
 def test_auxiliary_loss_reaches_every_router(name: str) -> None:
     model, replay = attach(name)
     ids = torch.tensor([[0] * 5 + [-1] * 2, [1] * 7])

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from posttrain import doctor
 from posttrain.cli import main
 from posttrain.compose import compose
+from posttrain.doctor import system as doctor
 from tests.tiny_models import tiny_mimo
 
 

@@ -270,6 +270,6 @@ def test_wandb_online_without_key_is_refused_before_any_engine(
     import wandb
 
     monkeypatch.setattr(type(wandb.api), "api_key", None)
-    with pytest.raises(UserError, match="tracking.wandb='online': no API key"):
+    with pytest.raises(UserError, match=r"tracking.wandb='online': no API key"):
         validate(config(world, "sft", "tracking.wandb=online"))
     assert validate(config(world, "sft", "tracking.wandb=offline"))

@@ -13,7 +13,8 @@ from posttrain.learner.moe.replay import LiveRouting, RouterReplay
 
 def require_expert_bias(replay: RouterReplay | None, rate: float) -> None:
     """`UserError` when ``learner.expert_bias_rate`` is set for a model whose routers have no correction bias."""
-    if rate != 0 and (replay is None or any(router.correction_bias() is None for router in replay.routers)):
+    learned = [] if replay is None else [router for router in replay.routers if not router.is_table]
+    if rate != 0 and (not learned or any(router.correction_bias() is None for router in learned)):
         raise UserError(
             f"learner.expert_bias_rate={rate!r}: this model's routers have no expert bias; "
             "give 0 (SFT can use learner.aux_loss_coef instead)"
@@ -32,8 +33,10 @@ def update_expert_bias(replay: RouterReplay, counts_LE: Tensor, rate: float) -> 
     if rate == 0:
         return
     for router, counts_E in zip(replay.routers, counts_LE, strict=True):
+        if router.is_table:
+            continue
         bias = router.correction_bias()
-        assert bias is not None and bias.numel() == router.num_experts, (
+        assert bias is not None and bias.numel() == router.num_choices, (
             f"{router.name}: the expert bias is not whole here"
         )
         if bias.dtype != torch.float32:
@@ -60,7 +63,12 @@ def sequence_auxiliary_loss(
     num_local = int(ids.max()) + 1 if ids.numel() else 0
     total: Tensor | None = None
     for scores, indices in zip(live.scores, live.indices, strict=True):
-        assert scores is not None and indices is not None, "no scores: open routes() with keep_scores=True"
+        assert indices is not None, "no scores: open routes() with keep_scores=True"
+        if scores is None:
+            raise UserError(
+                f"learner.aux_loss_coef={coefficient!r}: the routers of this model score neither by softmax nor by sigmoid; "
+                "give 0 (models with an expert bias: learner.expert_bias_rate)"
+            )
         if torch.is_grad_enabled() and not scores.requires_grad:
             raise UserError(
                 f"learner.aux_loss_coef={coefficient!r}: reentrant activation checkpointing hides the router scores; "

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.learner.errors import NonFiniteRouterError
 from posttrain.learner.moe import routers as finding
 from posttrain.learner.moe.probe import is_materialised, probe
-from posttrain.learner.moe.routers import Router, Selection
+from posttrain.learner.moe.routers import Router, Selection, num_rows_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,15 +54,17 @@ class _Context:
     routes: Tensor | None  # [N, L, K]
     token_mask: Tensor | None  # [N] bool; None: every token is real
     keep_scores: bool
+    is_nan_L: Tensor  # bool: layers whose router computed NaN for a real token
 
 
 class RouterReplay:
-    """Routers of one model, wrapped. Outside of `routes` they run exactly as before."""
+    """Routers of one model, wrapped. Outside of `routes` they run exactly as before; inside they follow their
+    evaluation rule also in train mode, as the engine does: none samples experts or adds noise to its input."""
 
     def __init__(self, routers: list[Router]) -> None:
         self.routers = routers
         self.num_layers = len(routers)
-        self.num_experts = routers[0].num_experts
+        self.num_experts = max(router.num_choices for router in routers)
         self.top_k = routers[0].top_k
         self.layers = [router.layer for router in routers]
         self.last: LiveRouting | None = None
@@ -76,24 +79,23 @@ class RouterReplay:
         routers = finding.find(model)
         if not routers:
             return None
-        hidden_size = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
-        measured: dict[tuple[type, type], int] = {}
+        assert all(is_materialised(router.block) for router in routers), (
+            "attach routing replay before the weights are partitioned"
+        )
+        measured: dict[tuple[type, type], Router] = {}
         for router in routers:
-            assert is_materialised(router.block), (
-                f"{router.name}: attach routing replay before the weights are partitioned"
-            )
             kind = (type(router.block), type(router.module))
             if kind not in measured:
-                probe(router, hidden_size)
-                measured[kind] = router.selecting_call
-            router.selecting_call = measured[kind]
+                probe(router, model)
+                measured[kind] = router
+            router.measured_as(measured[kind])
         return cls(routers)
 
     def detach(self) -> None:
         """Gives the routers their own forward back."""
         for router in self.routers:
-            del router.module.forward
-            router.original_forward = None
+            for module in dict.fromkeys((router.module, router.block)):
+                del module.forward
 
     @contextmanager
     def routes(
@@ -109,26 +111,32 @@ class RouterReplay:
         slots of a layer selects live; None selects live everywhere. ``token_mask_BT`` says which tokens are real (all
         by default) and ``expected_mask_BT`` which of them must have a route (the real ones by default), for `last`.
         ``keep_scores`` keeps every layer's scores until the block closes, for `balance.sequence_auxiliary_loss`.
-        Raises ValueError for routes of another shape, out of range, partial or with an expert twice.
+        Raises ValueError for routes of another shape or type, out of range, partial or with an expert twice, and
+        `NonFiniteRouterError` when the block ends and a router computed NaN for a real token.
         """
         assert self._context is None, "routes() blocks do not nest"
         self._context = self._open(routes_BTLK, token_mask_BT, keep_scores)
         self.last = self._empty(self._context, expected_mask_BT)
         try:
             yield self
+            self._check_finite(self._context)
         finally:
             self._context = None
             self.last.scores, self.last.indices = [], []
 
     def _open(self, routes_BTLK: Tensor | None, token_mask_BT: Tensor | None, keep_scores: bool) -> _Context:
         mask = None if token_mask_BT is None else token_mask_BT.reshape(-1).bool()
+        device = next(self.routers[0].block.parameters()).device
+        is_nan_L = torch.zeros(self.num_layers, dtype=torch.bool, device=device)
         if routes_BTLK is None:
-            return _Context(None, mask, keep_scores)
+            return _Context(None, mask, keep_scores, is_nan_L)
+        if routes_BTLK.dtype != torch.int64:
+            raise ValueError(f"routes of type {routes_BTLK.dtype}, expected torch.int64")
         if routes_BTLK.dim() != 4 or routes_BTLK.shape[2:] != (self.num_layers, self.top_k):
             raise ValueError(
                 f"routes of shape {tuple(routes_BTLK.shape)}, expected [B, T, {self.num_layers}, {self.top_k}]"
             )
-        routes = routes_BTLK.flatten(0, 1).long()
+        routes = routes_BTLK.flatten(0, 1)
         mask = torch.ones(len(routes), dtype=torch.bool, device=routes.device) if mask is None else mask
         ordered = routes.sort(dim=-1).values
         live = (routes == -1).all(-1)
@@ -144,11 +152,11 @@ class RouterReplay:
                 f"route {routes[row, layer].tolist()} of token {row}, MoE layer {layer}: expected {self.top_k} "
                 f"different experts below {self.num_experts}, or -1 throughout"
             )
-        return _Context(routes, mask, keep_scores)
+        return _Context(routes, mask, keep_scores, is_nan_L)
 
     def _empty(self, context: _Context, expected_mask_BT: Tensor | None) -> LiveRouting:
         mask = context.token_mask
-        device = next(self.routers[0].module.parameters()).device if mask is None else mask.device
+        device = context.is_nan_L.device if mask is None else mask.device
         num_tokens = (
             torch.zeros((), dtype=torch.float64, device=device) if mask is None else mask.sum().double()
         )
@@ -171,24 +179,44 @@ class RouterReplay:
             indices=list(layers),
         )
 
+    def _check_finite(self, context: _Context) -> None:
+        broken = [self.layers[index] for index in context.is_nan_L.nonzero()[:, 0].tolist()]
+        if broken:
+            raise NonFiniteRouterError(
+                f"the router of layer {broken[0]} computed NaN for a real token ({len(broken)} of {self.num_layers} MoE "
+                "layers did): the weights or the hidden states are broken"
+            )
+
     def _wrap(self, index: int, router: Router) -> None:
         original = router.module.forward
-        router.original_forward = original
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             context = self._context
             if context is None:
                 return original(*args, **kwargs)
-            with Selection(router, lambda live: self._select(context, index, live)) as selection:
+
+            def select(live: Tensor, scores: Tensor | None) -> Tensor:
+                return self._select(context, index, live, scores)
+
+            with Selection(router, num_rows_of(args, kwargs), select) as selection:
                 out = original(*args, **kwargs)
-            assert selection.num_candidates > router.selecting_call, f"{router.name} selected no experts"
+            assert selection.has_selected, f"{router.name} selected no experts"
             if context.keep_scores and self.last is not None:
                 self.last.scores[index] = selection.scores
             return out
 
         router.module.forward = forward  # type: ignore[method-assign]
+        of_block = router.block.forward
 
-    def _select(self, context: _Context, index: int, live: Tensor) -> Tensor:
+        def forward_of_block(*args: Any, **kwargs: Any) -> Any:
+            if self._context is None:
+                return of_block(*args, **kwargs)
+            with _evaluating(router.drawing_modules()):
+                return of_block(*args, **kwargs)
+
+        router.block.forward = forward_of_block  # type: ignore[method-assign]
+
+    def _select(self, context: _Context, index: int, live: Tensor, scores: Tensor | None) -> Tensor:
         """Indices [N, K] for MoE layer ``index``. Written by layer, not by call, so that a recompute changes nothing."""
         last = self.last
         assert last is not None
@@ -205,6 +233,8 @@ class RouterReplay:
         )
         if mask is None:
             last.num_tokens = weights.sum()
+        if scores is not None:
+            context.is_nan_L[index] = (scores.isnan().any(-1) & (weights > 0)).any()
         if context.keep_scores:
             last.indices[index] = live
         if context.routes is None:
@@ -217,5 +247,20 @@ class RouterReplay:
         last.replayed_L[index] = replayed.sum()
         last.mismatched_L[index] = (replayed * ~same).sum()
         last.outside_LN[index] = (outside * replayed).to(torch.uint8)
-        # Equal sets keep the live order: where nothing differs, no bit of the output changes.
-        return torch.where((is_live | same)[:, None], live, recorded)
+        # Equal sets keep the live order: where nothing differs, no bit of the output changes. Where the weights depend
+        # on the order, the order is part of what was recorded.
+        keep = is_live if self.routers[index].is_ordered else is_live | same
+        return torch.where(keep[:, None], live, recorded)
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Evaluation mode for these modules alone, not for what is in them."""
+    training = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in zip(modules, training, strict=True):
+            module.training = was_training

@@ -92,11 +92,14 @@ def _add_experts(nonzeros_E: Tensor, slot: Slot, start: int, gradient: Tensor) -
     if slot.expert >= 0:
         nonzeros_E[slot.expert] += torch.count_nonzero(gradient)
         return
-    size = _numel(slot.parameter) // len(nonzeros_E)
+    num_experts, num_rows = len(nonzeros_E), _shape(slot.parameter)[0]
+    # DBRX lays several rows to an expert; LongCat has rows beyond the experts, for choices that compute nothing.
+    size = _numel(slot.parameter) // (num_experts if num_rows % num_experts == 0 else num_rows)
     first, last = start // size, (start + len(gradient) - 1) // size
     padded = gradient.new_zeros((last - first + 1) * size)
     padded[start - first * size :][: len(gradient)] = gradient
-    nonzeros_E[first : last + 1] += torch.count_nonzero(padded.view(-1, size), dim=1)
+    counts = torch.count_nonzero(padded.view(-1, size), dim=1)[: max(num_experts - first, 0)]
+    nonzeros_E[first : first + len(counts)] += counts
 
 
 def _classify(model: nn.Module) -> tuple[int, int, list[Slot]]:
@@ -120,7 +123,7 @@ def _classify(model: nn.Module) -> tuple[int, int, list[Slot]]:
             )
     for slot in slots:
         fused = slot.module_class == "routed_expert" and slot.expert < 0
-        assert not fused or _shape(slot.parameter)[0] == num_experts, (
+        assert not fused or _shape(slot.parameter)[0] >= num_experts, (
             "fused experts do not lie along the first axis"
         )
     return num_experts, len(blocks), slots
@@ -130,6 +133,9 @@ def _experts_in(block: nn.Module) -> int:
     experts: Any = block.experts
     if isinstance(experts, nn.ModuleList):
         return len(experts)
+    for declared in ("num_experts", "num_routed_experts"):
+        if isinstance(number := getattr(experts, declared, None), int):
+            return number
     return _shape(next(p for p in experts.parameters() if len(_shape(p)) >= 2))[0]
 
 
@@ -138,6 +144,10 @@ def _block_slot(name: str, parameter: nn.Parameter, block: nn.Module, layer: int
     if parts[0] == "experts":
         expert = int(parts[1]) if parts[1].isdigit() else -1
         return Slot(parameter=parameter, module_class="routed_expert", layer=layer, expert=expert)
+    # Gemma 4: the block is the decoder layer.
+    for mark, module_class in (("norm", "norm"), ("attn", "attention")):
+        if mark in parts[0]:
+            return Slot(parameter=parameter, module_class=module_class)
     child = getattr(block, parts[0])
     is_router = parts[0] in ("gate", "router") or bool(ROUTER_CLASS.search(type(child).__name__))
     return Slot(parameter=parameter, module_class="router" if is_router else "shared_expert")

@@ -14,15 +14,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from rich.console import Console
-from rich.table import Table
 
 from posttrain import manifest
 from posttrain.config import RUNS, DoctorRun, RunConfig, UserError
+from posttrain.doctor.findings import Finding, findings_table, print_ways_out
 from posttrain.gpus import num_gpus
 from posttrain.plan import process_table
 from posttrain.validate import ModelReport, check_context, check_model
@@ -36,15 +35,6 @@ gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_cou
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads(),
                   "gpus": [[g.name, g.total_memory / 2**30] for g in gpus]}))
 """
-
-
-@dataclass(kw_only=True, slots=True)
-class Finding:
-    """One line of the report. ``way_out`` set: something is wrong."""
-
-    name: str
-    value: str
-    way_out: str | None = None
 
 
 def run(cfg: RunConfig) -> int:
@@ -211,20 +201,14 @@ def _existing(folder: Path) -> Path:
 
 def _print(cfg: DoctorRun, findings: list[Finding], model: ModelReport | None) -> None:
     console = Console()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for finding in findings:
-        mark = "[red]wrong[/red]" if finding.way_out else "[green]ok[/green]"
-        table.add_row(mark, finding.name, finding.value)
-    console.print(table)
+    console.print(findings_table(findings))
     num_parameters = model.num_parameters if model else None
     for command in ("sft", "mopd", "eval"):
         console.print(
             process_table(_as_run(command, cfg), num_parameters, f"`posttrain {command}` would start")
         )
-    wrong = [finding for finding in findings if finding.way_out]
-    for finding in wrong:
-        console.print(f"{finding.name}: {finding.way_out}", style="red", soft_wrap=True, highlight=False)
-    if not wrong:
+    print_ways_out(console, findings)
+    if not any(finding.way_out for finding in findings):
         console.print("nothing is wrong", style="green")
 
 
