@@ -309,7 +309,7 @@ class Learner(LearnerActor):
 def learner_cost(cost_model: CostModel, model: str, samples: list[TrainingSample]) -> dict[str, Any]:
     """A train step with replay against one without, on the same rollouts."""
     threads = os.cpu_count() or 1
-    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     actor = ray.remote(Learner).options(
         num_cpus=0, num_gpus=0, runtime_env={"env_vars": variables | {"CUDA_VISIBLE_DEVICES": ""}}
     )

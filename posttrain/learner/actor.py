@@ -70,7 +70,7 @@ def actor_class(num_gpus: float, num_threads: int | None) -> Any:
     """The class to start, with its environment: it must be there before torch is imported."""
     import ray
 
-    variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "passive"}
+    variables = {"TOKENIZERS_PARALLELISM": "false"}
     if num_gpus == 0:
         variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(num_threads)}
         variables |= {"CUDA_VISIBLE_DEVICES": ""}  # GPUs that are there belong to others
