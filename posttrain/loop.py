@@ -419,10 +419,10 @@ def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:
                 values[f"length/{name}"].append(summary.num_loss_tokens[i])
                 values[f"truncated/{name}"].append(status is RolloutStatus.truncated)
                 values[f"failed/{name}"].append(status not in TRAINABLE)
-            if status not in TRAINABLE:
-                values[f"dropped/{status}"].append(1.0)
                 if collected.rewards is not None and collected.rewards[i].error is None:
                     values[f"reward/{name}"].append(collected.rewards[i].reward)
+            if status not in TRAINABLE:
+                values[f"dropped/{status}"].append(1.0)
         values[f"share/prompts/{summary.domain}"].append(1.0)
     counted = {k: float(sum(v)) for k, v in values.items() if k.startswith("dropped/")}
     metrics = {k: float(np.mean(v)) for k, v in values.items() if not k.startswith(("share/", "dropped/"))}

@@ -1,0 +1,34 @@
+"""What a step says about its rollouts."""
+
+from __future__ import annotations
+
+from posttrain.loop import Collected, Wave, rollout_metrics
+from posttrain.records import GroupSummary, RewardResult, RolloutStatus
+
+
+def test_rewards_lengths_and_dropped_rollouts() -> None:
+    summary = GroupSummary(
+        group_id="g",
+        prompt_id="p",
+        domain="math",
+        source="s",
+        statuses=[RolloutStatus.completed, RolloutStatus.truncated, RolloutStatus.engine_error],
+        num_tokens=[5, 9, 4],
+        num_loss_tokens=[2, 6, 1],
+        min_policy_version=3,
+        max_policy_version=3,
+        engine_s=0.1,
+        errors=[None, None, "short routes"],
+    )
+    rewards = [
+        RewardResult(reward=1.0),
+        RewardResult(reward=0.5),
+        RewardResult(reward=0.0, error="no rollout"),
+    ]
+    wave = Wave(step=4, waiting=set(), done=[Collected(ref=None, summary=summary, rewards=rewards)])
+    metrics = rollout_metrics(wave, step=4)
+    assert metrics["reward/all"] == metrics["reward/math"] == 0.75
+    assert metrics["length/all"] == 3.0 and metrics["tokens/all"] == 9.0
+    assert metrics["truncated/math"] == metrics["failed/all"] == 1 / 3
+    assert metrics["dropped/engine_error"] == 1.0
+    assert metrics["share/prompts/math"] == 1.0 and metrics["policy_age/max"] == 0.0
