@@ -7,6 +7,10 @@ class RecordError(ValueError):
     """A record that cannot be trained on; the message names the sample and the field."""
 
 
+class RouteError(RecordError):
+    """A record whose routes are missing or cannot be of this model. The rest of it is in order."""
+
+
 class NonFiniteGradientError(RuntimeError):
     """The gradient of a step held NaN or infinity. The weights are those from before the step."""
 

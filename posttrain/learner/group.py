@@ -77,7 +77,7 @@ class LearnerGroup:
         return self._call_each("train_step", self._batches(samples), loss, step, updates)[0]
 
     def rejected(self) -> dict[str, str]:
-        """Rollouts that the last train step kept out of the loss because their routes contradict the policy (the metric
+        """Rollouts that the last train step kept out of the loss because their routes are missing or contradict the policy (the metric
         replay/rejected counts them): name -> reason."""
         return {name: reason for own in self._call("rejected") for name, reason in own.items()}
 

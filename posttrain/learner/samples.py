@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.learner.errors import RecordError
+from posttrain.learner.errors import RecordError, RouteError
 from posttrain.records import RolloutGroup, SampleRef, TeacherScores, TrainingSample
 
 
@@ -27,11 +27,15 @@ class Expected:
 
 
 def fetch(
-    refs: dict[int, SampleRef], get: Callable[[list[Any]], list[Any]], expected: Expected
+    refs: dict[int, SampleRef],
+    get: Callable[[list[Any]], list[Any]],
+    expected: Expected,
+    rejected: dict[str, str] | None = None,
 ) -> dict[int, TrainingSample]:
     """Samples by their index in the batch. ``get`` resolves a list of object references (``ray.get``).
 
-    Raises `RecordError` for a record that does not hold what ``expected`` asks for.
+    Raises `RecordError` for a record that does not hold what ``expected`` asks for. With ``rejected`` a record that
+    lacks nothing but right routes is left out instead, and noted there: name -> reason.
     """
     sources = _get_once([ref.source_ref for ref in refs.values()], get)
     teachers = _get_once([ref.teacher_ref for ref in refs.values() if ref.teacher_ref is not None], get)
@@ -39,7 +43,13 @@ def fetch(
     for index, ref in refs.items():
         scores = None if ref.teacher_ref is None else teachers[_key(ref.teacher_ref)][ref.teacher_index]
         sample = _resolve(index, ref, sources[_key(ref.source_ref)], scores)
-        check(sample, ref.num_tokens, expected)
+        try:  # records come from other processes
+            check(sample, ref.num_tokens, expected)
+        except RouteError as error:
+            if rejected is None:
+                raise
+            rejected[sample.name] = str(error).removeprefix(f"{sample.name}: ")
+            continue
         samples[index] = sample
     return samples
 
@@ -95,7 +105,7 @@ def _resolve(
 
 
 def check(sample: TrainingSample, num_tokens: int, expected: Expected) -> None:
-    """Raises `RecordError` naming the sample and the field."""
+    """Raises `RecordError` naming the sample and the field; `RouteError` where only routes are wrong."""
     name, token_ids = sample.name, sample.token_ids
     length = len(token_ids)
     if length == 0 or length != num_tokens:
@@ -130,13 +140,13 @@ def _check_stream(name: str, field: str, stream: np.ndarray | None, mask: np.nda
 
 def _check_routes(name: str, routes: np.ndarray | None, shape: tuple[int, ...], num_experts: int) -> None:
     if routes is None:
-        raise RecordError(
+        raise RouteError(
             f"{name}: routed_experts is missing; record routes (rollout.record_routes=auto) "
             "or set learner.routing_replay=off"
         )
     if routes.shape != shape:
-        raise RecordError(f"{name}: routed_experts has shape {routes.shape}, expected {shape}")
+        raise RouteError(f"{name}: routed_experts has shape {routes.shape}, expected {shape}")
     if routes.dtype not in (np.uint8, np.uint16):
-        raise RecordError(f"{name}: routed_experts has type {routes.dtype}, expected uint8 or uint16")
+        raise RouteError(f"{name}: routed_experts has type {routes.dtype}, expected uint8 or uint16")
     if routes.size and int(routes.max()) >= num_experts:
-        raise RecordError(f"{name}: routed_experts names expert {int(routes.max())} of {num_experts}")
+        raise RouteError(f"{name}: routed_experts names expert {int(routes.max())} of {num_experts}")

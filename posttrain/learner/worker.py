@@ -134,14 +134,15 @@ class LearnerWorker:
     def train_step(self, batch: RankBatch, loss: LossSettings, step: int, updates: int) -> dict[str, float]:
         """``updates`` optimizer steps on one batch; metrics of the whole batch, the same on every rank. ``lr``,
         ``grad_norm`` and the zeros are those of the last update. A rollout whose routes contradict the live routers
-        stays out of the loss, see `rejected`.
+        or are missing stays out of the loss, see `rejected`.
 
-        Raises `RecordError` for a bad record, for a token without a route, or where many routes contradict, and
+        Raises `RecordError` for a bad record, for a token without a route, or where many rollouts are rejected, and
         `NonFiniteGradientError`, all before weights change.
         """
         replayed = self._replays(loss)
         watch = self._route_watch() if replayed else None
-        micro_batches = self._micro_batches(batch, self._expected(loss, replayed))
+        rejected = {} if watch is None else watch.rejected
+        micro_batches = self._micro_batches(batch, self._expected(loss, replayed), rejected)
         self.engine.train()
         old = [self._score(b) for b in micro_batches] if updates > 1 else [None] * len(micro_batches)
         totals, metrics = Totals(), {}
@@ -273,7 +274,8 @@ class LearnerWorker:
         """
         settings = LossSettings(kind="policy_gradient", beta=0.0, alpha=0.0)
         totals = Totals()
-        for micro_batch in self._micro_batches(batch, self._expected(settings, self._replays(settings))):
+        expected = self._expected(settings, self._replays(settings))
+        for micro_batch in self._micro_batches(batch, expected, rejected={}):
             self._add_mismatch(totals, micro_batch, "")
             if micro_batch.routes is not None and self.replay is not None:
                 add_route_metrics(totals, self.replay)
@@ -327,15 +329,18 @@ class LearnerWorker:
             teacher_logprobs=loss is not None and loss.kind != "sft" and loss.beta != 0,
         )
 
-    def _micro_batches(self, batch: RankBatch, expected: Expected) -> list[MicroBatch]:
+    def _micro_batches(
+        self, batch: RankBatch, expected: Expected, rejected: dict[str, str] | None = None
+    ) -> list[MicroBatch]:
+        """With ``rejected``: without the rollouts whose routes are missing or of another shape, which are noted there."""
         error: Exception | None = None
         made: list[MicroBatch] = []
         try:  # records come from other processes
-            samples = fetch(batch.refs, _get, expected)
+            samples = fetch(batch.refs, _get, expected, rejected)
             made = [
                 collate(
                     samples,
-                    rows,
+                    [kept for row in rows if (kept := [i for i in row if i in samples])],
                     batch.domains,
                     routes_shape=expected.routes_shape,
                     packed=self.learner.pack_tokens > 0,

@@ -223,8 +223,8 @@ def test_bad_records_and_gradients_change_nothing(two: LearnerGroup, models: dic
     two.train_step(references(BATCHES[0]), RL, 1)
     before = exported(two)
     bare = make_batch((0, 8))
-    bare[2].routed_experts = None  # one rank alone sees it, both must answer
-    with pytest.raises(RecordError, match=r"^sample 2 \(d1\): routed_experts is missing"):
+    bare[2].rollout_logprobs = None  # one rank alone sees it, both must answer
+    with pytest.raises(RecordError, match=r"^sample 2 \(d1\): rollout_logprobs is missing"):
         two.train_step(references(bare), RL, 2)
     with pytest.raises(NonFiniteGradientError, match=r"^step 2: .* the weights were not changed"):
         two.train_step(references(BATCHES[1], weight=float("inf")), RL, 2)
@@ -232,7 +232,31 @@ def test_bad_records_and_gradients_change_nothing(two: LearnerGroup, models: dic
     assert all(torch.equal(before[name], after[name]) for name in before)
     metrics = two.train_step(references(BATCHES[1]), RL, 2)
     assert np.isfinite(metrics["loss"]) and metrics["replay/coverage"] == 1.0
-    two.train_step(references(bare), SFT, 3)  # SFT replays nothing
+
+
+def test_a_rollout_without_routes_stays_out_and_many_stop_the_step(
+    two: LearnerGroup, models: dict[str, Path]
+) -> None:
+    model = ModelConfig(path=str(models["qwen3_moe"]))
+    bare, whole = make_batch((0, 8)), make_batch((0, 8))
+    assert bare[2].routed_experts is not None
+    bare[2].routed_experts = bare[2].routed_experts[:-1]
+    two.reset(config(num_ranks=2, zero_stage=2), model, 10, 0)
+    dropped = two.train_step(references(bare), RL, 1)
+    assert dropped["replay/rejected"] == 1.0
+    (reason,) = two.rejected().items()
+    assert reason[0] == "sample 2 (d1)" and reason[1].startswith("routed_experts has shape (17, 1, 2)")
+    weights = exported(two)
+    two.reset(config(num_ranks=2, zero_stage=2), model, 10, 0)
+    left_out = two.train_step(references(whole[:2] + whole[3:]), RL, 1)
+    assert left_out["loss"] == pytest.approx(dropped["loss"], rel=1e-5)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-6) for name, tensor in exported(two).items())
+    bare[4].routed_experts = None
+    weights = exported(two)
+    with pytest.raises(RecordError, match=r"^2 of 7 rollouts .* sample 4 \(d0\): routed_experts is missing"):
+        two.train_step(references(bare), RL, 2)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in exported(two).items())
+    assert two.train_step(references(bare), SFT, 2)["num_tokens"] > 0  # SFT replays nothing
 
 
 def test_logprobs_and_mismatch(two: LearnerGroup, models: dict[str, Path]) -> None:

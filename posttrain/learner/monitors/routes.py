@@ -97,8 +97,8 @@ class RouteWatch:
         if len(rejected) > max(1.0, MAX_REJECTED_SHARE * num_samples) or len(rejected) == num_samples:
             named = "; ".join(f"{name}: {reason}" for name, reason in list(rejected.items())[:NUM_NAMED])
             raise RecordError(
-                f"{len(rejected)} of {num_samples} rollouts have routes that contradict the policy, and the weights were "
-                f"not changed. {named}"
+                f"{len(rejected)} of {num_samples} rollouts have routes that are missing or contradict the policy, and the "
+                f"weights were not changed. {named}"
             )
 
 
