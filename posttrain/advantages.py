@@ -14,7 +14,7 @@ def group_advantages(rewards: np.ndarray, valid: np.ndarray, kind: Advantage) ->
     """Advantages [G] float64 of the G samples of one prompt; 0 where ``valid`` [G] is False.
 
     grpo (arXiv 2402.03300): (r - mean) / std, population std. dr_grpo (arXiv 2503.20783): r - mean; its constant
-    length normaliser belongs to the aggregation. rloo (arXiv 2402.14740): r_i minus the mean of the others.
+    length normaliser is aggregation=constant. rloo (arXiv 2402.14740): r_i minus the mean of the others.
     Equal rewards, or fewer than two valid samples, give exactly 0. Raises ValueError for a reward that is not finite.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
@@ -36,3 +36,15 @@ def group_advantages(rewards: np.ndarray, valid: np.ndarray, kind: Advantage) ->
     else:
         raise ValueError(f"algorithm.advantage={kind!r}: choose grpo, dr_grpo or rloo")
     return advantages
+
+
+def overlong_penalties(
+    num_tokens: np.ndarray, truncated: np.ndarray, max_tokens: int, buffer: int, penalty: float
+) -> np.ndarray:
+    """What the rewards of G answers lose for their length [G] float64 (DAPO eq. 13, arXiv 2503.14476).
+
+    0 up to ``max_tokens - buffer`` sampled tokens, then linear to ``penalty`` at ``max_tokens``; an answer that was cut
+    off, by whatever limit, loses all of it. DAPO has a buffer of 4,096 of 20,480 tokens and a penalty of 1.
+    """
+    over = (np.asarray(num_tokens, dtype=np.float64) - (max_tokens - buffer)) / buffer
+    return penalty * np.where(truncated, 1.0, over.clip(0.0, 1.0))

@@ -67,6 +67,9 @@ class OnUpdate(StrEnum):
 class Loss(StrEnum):
     policy_gradient = "policy_gradient"
     ppo_clip = "ppo_clip"
+    gspo = "gspo"
+    cispo = "cispo"
+    reinforce = "reinforce"
 
 
 class Advantage(StrEnum):
@@ -79,6 +82,7 @@ class Aggregation(StrEnum):
     seq_mean = "seq_mean"
     token_mean = "token_mean"
     token_mean_balanced = "token_mean_balanced"
+    constant = "constant"
 
 
 class Correction(StrEnum):
@@ -90,6 +94,7 @@ class Correction(StrEnum):
 class Overlong(StrEnum):
     mask = "mask"
     keep = "keep"
+    shape = "shape"
 
 
 class TeacherTraining(StrEnum):
@@ -325,7 +330,8 @@ class PolicyAlgorithm:
     group_size: int = 8
     """Samples per prompt. MOPD needs one, an outcome advantage at least 2."""
     loss: Loss = Loss.policy_gradient
-    """policy_gradient: eq. 7 of the MiMo report; ppo_clip: clipped surrogate with clip-higher (DAPO)."""
+    """policy_gradient: eq. 7 of the MiMo report; ppo_clip: clipped surrogate with clip-higher (DAPO); gspo: ratio of whole
+    sequences; cispo: clipped weight, no token dropped (MiniMax-M1); reinforce: no ratio of the policy's movement."""
     beta: float = 0.0
     """Weight of the teacher log-ratio. 1 in MOPD, 0 in RL."""
     alpha: float = 1.0
@@ -333,9 +339,16 @@ class PolicyAlgorithm:
     advantage: Advantage = Advantage.grpo
     """Outcome advantage within a group."""
     aggregation: Aggregation = Aggregation.seq_mean
-    """How tokens add up to the loss: every sequence, every token or every domain's target share counts the same."""
+    """How tokens add up to the loss: every sequence (seq_mean), every token (token_mean) or every domain's target share
+    (token_mean_balanced) counts the same; constant: sum of a sequence's tokens / length_norm (Dr. GRPO)."""
+    length_norm: int | None = None
+    """aggregation=constant: tokens by which every sequence's sum is divided; null: the longest answer,
+    rollout.max_new_tokens * rollout.max_turns."""
     target_shares: dict[str, float] = field(default_factory=dict)
     """Share of each domain under token_mean_balanced; empty: its share of the prompts."""
+    gap_following: bool = False
+    """token_mean_balanced: a domain's target share is also multiplied by its mean |advantage| over former steps relative
+    to that of the other domains, within 0.05 and 20, so that domains with a wide gap to their teacher weigh more."""
     correction: Correction = Correction.icepop
     """Train/inference ratio pi/mu: drop tokens outside the band, truncate, or ignore."""
     ratio_low: float = 0.5
@@ -346,10 +359,10 @@ class PolicyAlgorithm:
     """tis truncates pi/mu here."""
     teacher_clip: float = 5.0
     """The teacher log-ratio is clipped to plus or minus this."""
-    clip_low: float = 0.2
-    """PPO clip below: 1 - clip_low on pi/pi_old."""
-    clip_high: float = 0.28
-    """PPO clip above (clip-higher): 1 + clip_high."""
+    clip_low: float | None = None
+    """PPO clip below: 1 - clip_low on pi/pi_old; null: that of the loss, 0.2 (ppo_clip), 3e-4 (gspo), 1 (cispo: no bound)."""
+    clip_high: float | None = None
+    """PPO clip above: 1 + clip_high; null: that of the loss, 0.28 (ppo_clip), 4e-4 (gspo), 4 (cispo)."""
     updates_per_batch: int = 1
     """Optimizer steps on one batch of rollouts."""
     max_off_policy_steps: int = 0
@@ -357,7 +370,12 @@ class PolicyAlgorithm:
     drop_equal_groups: bool = False
     """Dynamic sampling (DAPO): groups whose rewards are all equal are replaced by others."""
     overlong: Overlong = Overlong.mask
-    """Truncated rollouts: mask leaves them out of loss and baseline, keep trains on them with their reward."""
+    """Truncated rollouts: mask leaves them out of loss and baseline, keep trains on them with their reward, shape also
+    takes off a penalty that grows over the last overlong_buffer tokens before the limit (DAPO)."""
+    overlong_buffer: int | None = None
+    """overlong=shape: tokens before the longest answer over which the penalty grows from 0; null: a fifth of it (DAPO)."""
+    overlong_penalty: float = 1.0
+    """overlong=shape: reward that an answer at or over the limit loses."""
 
     def __post_init__(self) -> None:
         require(
@@ -382,11 +400,50 @@ class PolicyAlgorithm:
             self.alpha,
             "alpha and beta are both 0: nothing would be learned",
         )
+        require(
+            not self.gap_following or self.aggregation is Aggregation.token_mean_balanced,
+            "algorithm.gap_following",
+            self.gap_following,
+            "it moves the domains' shares; set algorithm.aggregation=token_mean_balanced",
+        )
+        require(
+            self.overlong is not Overlong.shape or self.alpha != 0,
+            "algorithm.overlong",
+            self.overlong.value,
+            "it shapes the reward, which algorithm.alpha=0 does not use; choose mask or keep",
+        )
         require_at_least(1, "algorithm", self, "steps", "updates_per_batch", "ratio_truncate")
-        require_at_least(0, "algorithm", self, "max_off_policy_steps")
+        require_at_least(1, "algorithm", self, "length_norm", "overlong_buffer")
+        require_at_least(0, "algorithm", self, "max_off_policy_steps", "overlong_penalty")
         require_above(0, "algorithm", self, "teacher_clip", "clip_low", "clip_high")
         for domain, share in self.target_shares.items():
             require(share >= 0, f"algorithm.target_shares.{domain}", share, "give a share of 0 or more")
+
+
+CLIPS = {Loss.ppo_clip: (0.2, 0.28), Loss.gspo: (3e-4, 4e-4), Loss.cispo: (1.0, 4.0)}
+"""Clips below and above: DAPO; GSPO section 5.1; MiniMax-M1 has no bound below and gives no value above, 4 is a choice."""
+
+
+def resolve_algorithm(algorithm: PolicyAlgorithm, rollout: RolloutConfig) -> None:
+    """Put in what depends on the loss and on the longest answer where the user gave nothing, so that the resolved values
+    are seen. Called by the run, not by the section: a default section is made before the user's keys are known."""
+    longest = rollout.max_new_tokens * rollout.max_turns
+    low, high = CLIPS.get(algorithm.loss, (None, None))
+    if algorithm.clip_low is None:
+        algorithm.clip_low = low
+    if algorithm.clip_high is None:
+        algorithm.clip_high = high
+    if algorithm.aggregation is Aggregation.constant and algorithm.length_norm is None:
+        algorithm.length_norm = longest
+    if algorithm.overlong is Overlong.shape:
+        if algorithm.overlong_buffer is None:
+            algorithm.overlong_buffer = max(1, longest // 5)
+        require(
+            algorithm.overlong_buffer < longest,
+            "algorithm.overlong_buffer",
+            algorithm.overlong_buffer,
+            f"the longest answer has {longest} tokens (rollout.max_new_tokens * rollout.max_turns); give less",
+        )
 
 
 def sft_learner() -> LearnerConfig:
@@ -452,21 +509,48 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EvalConfig:
+class HeldOutConfig:
+    """What every evaluation has."""
+
     num_prompts: int | None = None
     """Held-out prompts per domain; null: all."""
     num_samples: int = 4
     """Samples a prompt at the evaluation temperature."""
     temperature: float = 1.0
     """Temperature of the sampled evaluation."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "eval", self, "num_prompts", "num_samples")
+        require_above(0, "eval", self, "temperature")
+
+
+@dataclass(kw_only=True, slots=True)
+class StepEvalConfig(HeldOutConfig):
+    """Evaluation while a policy trains."""
+
+    every_steps: int = 0
+    """Steps between evaluations on data.eval_path or data.eval_sources; also before the first step and after the last.
+    0: none."""
+    num_samples: int = 1
+    """Samples a prompt at the evaluation temperature."""
+    teachers: bool = False
+    """MOPD: measure every teacher on its domain once, before the first step; gives eval/<domain>/headroom."""
+
+    def __post_init__(self) -> None:
+        HeldOutConfig.__post_init__(self)
+        require_at_least(0, "eval", self, "every_steps")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig(HeldOutConfig):
     greedy: bool = True
     """Also one greedy sample a prompt."""
     cross_num_prompts: int = 200
     """pipeline: prompts per cell of the teachers x domains table."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, "eval", self, "num_prompts", "num_samples", "cross_num_prompts")
-        require_above(0, "eval", self, "temperature")
+        HeldOutConfig.__post_init__(self)
+        require_at_least(1, "eval", self, "cross_num_prompts")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -548,6 +632,10 @@ class PolicyRun(RunConfig):
     """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
     environments: dict[str, Any] = field(default_factory=dict)
     """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
+    eval: StepEvalConfig = field(default_factory=StepEvalConfig)
+
+    def __post_init__(self) -> None:
+        resolve_algorithm(self.algorithm, self.rollout)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -580,6 +668,7 @@ class SFTStage:
 class PolicyStage:
     algorithm: PolicyAlgorithm = field(default_factory=lambda: rl_algorithm())
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    eval: StepEvalConfig = field(default_factory=StepEvalConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -600,6 +689,10 @@ class PipelineRun(RunConfig):
     environments: dict[str, Any] = field(default_factory=dict)
     """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for stage in (self.rl, self.mopd):
+            resolve_algorithm(stage.algorithm, self.rollout)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from posttrain.advantages import group_advantages
+from posttrain.advantages import group_advantages, overlong_penalties
 from posttrain.alarms import Alarms
 from posttrain.config import Dtype, Overlong, PolicyAlgorithm, UserError
+from posttrain.held_out import HeldOut
 from posttrain.learner.group import LearnerGroup
 from posttrain.records import (
     GroupSummary,
@@ -41,7 +42,8 @@ from posttrain.report.rollouts import ScoredRollout, write_rollouts
 from posttrain.run_folder import RunFolder
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
-from posttrain.weighting import token_weights
+from posttrain.tracking.jsonl import read_jsonl
+from posttrain.weighting import GapFollower, token_weights
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
 from teachers.pool import TeacherPool
@@ -86,6 +88,8 @@ class PolicyLoop:
         probe_tolerance: largest mean |difference| allowed there, nat.
         max_teacher_gap: largest mean |teacher - student| logprob at the start, nat.
         decode: token ids to text with special tokens, for the written samples.
+        held_out: evaluates the policy now and then; None: never.
+        gaps: what the domains' mean |advantage| was so far, see `state`.
     """
 
     def __init__(
@@ -109,6 +113,8 @@ class PolicyLoop:
         decode: Callable[[np.ndarray], str],
         rollout_samples: int,
         rollout_every_steps: int,
+        held_out: HeldOut | None = None,
+        gaps: GapFollower | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.loss = loss
@@ -128,6 +134,8 @@ class PolicyLoop:
         self.decode = decode
         self.rollout_samples = rollout_samples
         self.rollout_every_steps = rollout_every_steps
+        self.held_out = held_out
+        self.gaps = gaps or GapFollower()
         self.waves: dict[int, Wave] = {}
         self.wave_of: dict[str, int] = {}
         self.num_quarantined = len(rollouts.quarantined)  # of former stages on the same workers
@@ -138,6 +146,10 @@ class PolicyLoop:
         """Train steps ``first_step .. algorithm.steps`` (1-indexed, inclusive)."""
         last_step = self.algorithm.steps
         self.update_weights(policy_version=first_step - 1)
+        for row in read_jsonl(self.folder.path / "metrics.jsonl"):
+            self.alarms.check(row)  # heard before the restart
+        if self.held_out is not None and first_step == 1:
+            self.tracker.log(0, self.held_out.measure_start(lambda: self.update_weights(0), self.sort_in))
         for step in range(first_step, last_step + 1):
             clock = Clock()
             with clock("generate"):
@@ -162,6 +174,10 @@ class PolicyLoop:
             with clock("update_weights"):
                 metrics |= self.update_weights(policy_version=step)
             self.scheduler.trained(c.summary.group_id for c in wave.done)
+            self.gaps.observe(by_domain(metrics, "advantage_abs"))
+            if self.held_out is not None and self.held_out.is_due(step, last_step):
+                with clock("eval"):
+                    metrics |= self.held_out.metrics(self.sort_in)
             if self.rollout_samples and is_sampled_step:
                 self.write_samples(wave, step)
             for name, message in self.alarms.check(metrics):
@@ -169,7 +185,11 @@ class PolicyLoop:
             # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
             self.tracker.log(step, metrics | clock.metrics(num_tokens=metrics["tokens/all"]))
             if step % self.checkpoint_every == 0 or step == last_step:
-                self.folder.save(step, self.learner.save_checkpoint, {"scheduler": self.scheduler.state()})
+                self.folder.save(step, self.learner.save_checkpoint, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """The driver's part of a checkpoint, JSON-able."""
+        return {"scheduler": self.scheduler.state(), "gaps": self.gaps.state()}
 
     # Sample ---------------------------------------------------------------------------------------------------
 
@@ -191,11 +211,11 @@ class PolicyLoop:
         Consumes finished groups of any wave; unblocked by the last group of this one. With ``drop_equal_groups``
         a group whose rewards are all equal is replaced by another prompt, at most twice the batch per step.
         """
-        wave = self.waves.pop(step)
+        wave = self.waves[step]
         spare = 2 * self.algorithm.prompts_per_step if self.algorithm.drop_equal_groups else 0
         while True:
             while wave.waiting:
-                self.receive(wave)
+                self.sort_in(self.rollouts.wait(timeout_s=5.0), self.rollouts.pop_lost())
             with clock("reward"):
                 self.score_rewards(wave)
             equal = [c for c in wave.done if self.is_equal(c)] if spare > 0 else []
@@ -207,26 +227,26 @@ class PolicyLoop:
             wave.dropped += equal
             wave.done = [c for c in wave.done if c not in equal]
             self.submit(wave, len(equal))
+        del self.waves[step]
         # Finished groups come in the order of their luck; the order of drawing makes a batch reproducible.
         wave.done.sort(key=lambda c: c.summary.group_id)
         with clock("teacher"):
             self.score_teachers(wave)
         return wave
 
-    def receive(self, wave: Wave) -> None:
-        for ref, summary in self.rollouts.wait(timeout_s=5.0):
-            owner = self.wave_of.pop(summary.group_id)
-            target = wave if owner == wave.step else self.waves[owner]
-            target.waiting.discard(summary.group_id)
-            target.done.append(Collected(ref=ref, summary=summary))
+    def sort_in(self, arrived: list[tuple[Any, GroupSummary]], lost: list[str]) -> None:
+        """Put finished groups, and ids of lost ones, where they belong: into the waves in flight."""
+        for ref, summary in arrived:
+            wave = self.waves[self.wave_of.pop(summary.group_id)]
+            wave.waiting.discard(summary.group_id)
+            wave.done.append(Collected(ref=ref, summary=summary))
             for error in sorted({error for error in summary.errors if error}):
                 self.tracker.event("rollout_dropped", group_id=summary.group_id, error=error)
         for prompt_id, reason in self.rollouts.quarantined[self.num_quarantined :]:
             self.num_quarantined += 1
             self.tracker.event("prompt_quarantined", prompt_id=prompt_id, reason=reason)
-        for group_id in self.rollouts.pop_lost():
-            owner = self.wave_of.pop(group_id)
-            (wave if owner == wave.step else self.waves[owner]).waiting.discard(group_id)
+        for group_id in lost:
+            self.waves[self.wave_of.pop(group_id)].waiting.discard(group_id)
             self.scheduler.trained([group_id])
 
     # Reward, teacher score ------------------------------------------------------------------------------------
@@ -314,12 +334,17 @@ class PolicyLoop:
         """The samples of a step with their advantages and weights, and the metrics of the rollouts."""
         samples: list[SampleRef] = []
         loss_tokens: list[int] = []
+        penalties: list[float] = []
         num_mixed = 0
         for collected in wave.done:
             summary = collected.summary
             rewards, valid = self.outcomes(collected)
             advantages = np.zeros(len(rewards), np.float32)
             if self.loss.alpha != 0:
+                if self.algorithm.overlong is Overlong.shape:
+                    penalty = self.overlong_penalties(summary)
+                    penalties += penalty[valid].tolist()
+                    rewards = rewards - penalty
                 advantages = group_advantages(rewards, valid, self.algorithm.advantage)
                 num_mixed += bool(np.any(advantages[valid] != 0))
             for index in np.flatnonzero(valid).tolist():
@@ -342,12 +367,20 @@ class PolicyLoop:
                 f"step {step}: no rollout of the batch can be trained on: {'; '.join(reasons)[:500] or 'all truncated; raise rollout.max_new_tokens or set algorithm.overlong=keep'}"
             )
         weighting = token_weights(
-            loss_tokens, [s.domain for s in samples], self.algorithm.aggregation, self.algorithm.target_shares
+            loss_tokens,
+            [s.domain for s in samples],
+            self.algorithm.aggregation,
+            self.algorithm.target_shares,
+            self.gaps.factors() if self.algorithm.gap_following else None,
+            self.algorithm.length_norm,
         )
         for sample, weight in zip(samples, weighting.weights.tolist(), strict=True):
             sample.weight = weight
         metrics = rollout_metrics(wave, step)
         metrics |= {f"share/tokens/{domain}": share for domain, share in weighting.token_shares.items()}
+        metrics |= {f"share/target/{domain}": share for domain, share in weighting.target_shares.items()}
+        if penalties:
+            metrics["reward/overlong_penalty"] = float(np.mean(penalties))
         if self.loss.alpha != 0:
             metrics["reward/mixed_groups"] = num_mixed / len(wave.done)
             if num_mixed == 0:
@@ -358,6 +391,17 @@ class PolicyLoop:
                     message="every group has equal rewards: nothing is learned; vary the prompts' difficulty or lower learner.lr",
                 )
         return samples, metrics
+
+    def overlong_penalties(self, summary: GroupSummary) -> np.ndarray:
+        """[G] what the rewards of a group lose for their length (overlong=shape)."""
+        assert self.algorithm.overlong_buffer is not None
+        return overlong_penalties(
+            np.array(summary.num_loss_tokens),
+            np.array([status is RolloutStatus.truncated for status in summary.statuses]),
+            self.sampling.max_new_tokens * self.sampling.max_turns,
+            self.algorithm.overlong_buffer,
+            self.algorithm.overlong_penalty,
+        )
 
     def reward_errors(self, wave: Wave) -> set[str]:
         return {r.error for c in wave.done for r in c.rewards or [] if r.error}
@@ -419,6 +463,7 @@ def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:
                 values[f"length/{name}"].append(summary.num_loss_tokens[i])
                 values[f"truncated/{name}"].append(status is RolloutStatus.truncated)
                 values[f"failed/{name}"].append(status not in TRAINABLE)
+                values[f"repeated/{name}"].append(summary.repeated[i] and status in TRAINABLE)
                 if collected.rewards is not None and collected.rewards[i].error is None:
                     values[f"reward/{name}"].append(collected.rewards[i].reward)
             if status not in TRAINABLE:
@@ -433,6 +478,11 @@ def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:
     if wave.dropped:
         metrics["reward/dropped_groups"] = float(len(wave.dropped))
     return metrics
+
+
+def by_domain(metrics: dict[str, float], name: str) -> dict[str, float]:
+    """domain -> value of the learner's metrics ``<domain>/<name>``."""
+    return {k.removesuffix(f"/{name}"): v for k, v in metrics.items() if k.endswith(f"/{name}")}
 
 
 class Clock:

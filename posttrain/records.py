@@ -144,6 +144,7 @@ class GroupSummary:
     max_policy_version: int
     engine_s: float  # wall seconds between submission and the last token
     errors: list[str | None]
+    repeated: list[bool]  # the last answer ends in a loop, see `rollout.repetition`
 
 
 @dataclass(kw_only=True, slots=True)
@@ -209,7 +210,7 @@ class SampleRef:
 class LossSettings:
     """Everything a loss needs beside the streams. ``kind`` names a file in `posttrain.learner.losses`."""
 
-    kind: str  # "sft" | "policy_gradient" | "ppo_clip"
+    kind: str  # "sft" | "policy_gradient" | "ppo_clip" | "gspo" | "cispo" | "reinforce"
     beta: float = 0.0  # weight of the teacher log-ratio
     alpha: float = 1.0  # weight of the outcome advantage
     correction: str = "icepop"  # "icepop" | "tis" | "off", on pi/mu

@@ -52,6 +52,8 @@ posttrain rl: reinforcement learning (GRPO) on the model's own answers, judged b
   rewards.math._target_=...        or one for each domain
   environments.tool._target_=... rollout.max_turns=4    answers from an environment, for tool use
   algorithm.steps=100 algorithm.prompts_per_step=32 algorithm.group_size=8 learner.lr=1e-6
+  algorithm=dapo|dr_grpo|gspo|cispo     published settings; algorithm.loss=... alone chooses the loss
+  eval.every_steps=10 data.eval_path=FILE   accuracy on held-out prompts on the way
 
 Examples:
   posttrain rl model.path=runs/first/model data.path=prompts.jsonl domain=math rewards._target_=my_module.MyReward
@@ -66,6 +68,8 @@ prompt's domain scores every token of them.
   teachers.math.path=DIR teachers.code.path=DIR   one teacher for each domain of the data
   algorithm.steps=60 algorithm.prompts_per_step=128 learner.lr=1e-6
   algorithm.alpha=0.2 algorithm.group_size=8 rewards._target_=...   outcome reward beside the teachers' signal
+  algorithm.aggregation=token_mean_balanced     every domain gets its share of the gradient, however short its answers
+  eval.every_steps=10 data.eval_path=FILE rewards._target_=...      accuracy on held-out prompts on the way
 
 Example:
   posttrain mopd model.path=runs/first/model data.path=prompts.jsonl teachers.math.path=runs/math/model teachers.code.path=runs/code/model

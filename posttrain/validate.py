@@ -85,6 +85,7 @@ def validate(cfg: RunConfig) -> Report:
         _check_targets(cfg, report)
     if isinstance(cfg, MOPDRun | PipelineRun):
         report.teachers = _check_teachers(cfg, report)
+    _check_step_eval(cfg)
     return report
 
 
@@ -231,7 +232,7 @@ def _check_conversation_length(cfg: RunConfig, max_tokens: int, longest: int, co
 
 def _refuse_unused_held_out(cfg: RunConfig) -> None:
     """Held-out data where nothing is evaluated would silently do nothing."""
-    if isinstance(cfg, EvalRun):
+    if isinstance(cfg, EvalRun) or _evaluates_steps(cfg):
         return
     section = "sft_data" if isinstance(cfg, PipelineRun) else "data"
     data: DataConfig = getattr(cfg, section)
@@ -240,7 +241,7 @@ def _refuse_unused_held_out(cfg: RunConfig) -> None:
             not value,
             f"{section}.{name}",
             value,
-            "nothing is evaluated on it; remove it, and give held-out prompts to `posttrain eval`"
+            "nothing is evaluated on it; give eval.every_steps to `posttrain rl` or `mopd`, or held-out prompts to `posttrain eval`"
             if section == "data"
             else "nothing is evaluated on it; the pipeline's held-out prompts are data.eval_path or data.eval_sources",
         )
@@ -262,7 +263,12 @@ def _data_plans(cfg: RunConfig) -> list[tuple[DataConfig, bool, str]]:
             (cfg.data, False, "prompts"),
             (cfg.data, True, "prompts"),
         ]
-    return [(cfg.data, False, "prompts")]
+    plans = [(cfg.data, False, "prompts")]
+    return [*plans, (cfg.data, True, "prompts")] if _evaluates_steps(cfg) else plans
+
+
+def _evaluates_steps(cfg: RunConfig) -> bool:
+    return isinstance(cfg, PolicyRun) and cfg.eval.every_steps > 0
 
 
 def _check_required_fields(
@@ -335,14 +341,15 @@ def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun, report: Report) -> No
             "an outcome advantage needs rewards; give rewards._target_=MODULE.CLASS, or algorithm.alpha=0",
         )
     if cfg.rewards or not isinstance(cfg, MOPDRun):
-        resolve(cfg.rewards, domains)
+        resolve(cfg.rewards, sorted({*domains, *report.num_eval_prompts}))
     for domain, entry in cfg.environments.items():
         if not isinstance(entry, dict) or "_target_" not in entry:
             raise UserError(
                 f"environments.{domain}={entry!r}: no _target_; give environments.{domain}._target_=MODULE.CLASS"
             )
         find_target(f"environments.{domain}", entry["_target_"])
-        if domain not in domains and not (isinstance(cfg, RLRun) and cfg.domain):
+        known = {*domains, *report.num_eval_prompts}
+        if domain not in known and not (isinstance(cfg, RLRun) and cfg.domain):
             raise UserError(
                 f"environments.{domain}: no prompt belongs to domain {domain!r}; there are {', '.join(domains)}"
             )
@@ -352,6 +359,44 @@ def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun, report: Report) -> No
         cfg.rollout.max_turns,
         "nothing answers a turn; give environments.DOMAIN._target_=MODULE.CLASS, or rollout.max_turns=1",
     )
+
+
+def _check_step_eval(cfg: RunConfig) -> None:
+    """Evaluation while a policy trains: rewards to score with, and teachers that the student's engines can hold."""
+    if isinstance(cfg, PipelineRun):
+        policies = {"rl.eval": (cfg.rl.eval, cfg.rewards), "mopd.eval": (cfg.mopd.eval, cfg.rewards)}
+    elif isinstance(cfg, PolicyRun):
+        policies = {"eval": (cfg.eval, cfg.rewards)}
+    else:
+        return
+    for key, (step_eval, rewards) in policies.items():
+        require(
+            not step_eval.every_steps or bool(rewards),
+            f"{key}.every_steps",
+            step_eval.every_steps,
+            "an accuracy needs rewards; give rewards._target_=MODULE.CLASS, or 0",
+        )
+        require(
+            not step_eval.teachers
+            or (step_eval.every_steps > 0 and key != "rl.eval" and not isinstance(cfg, RLRun)),
+            f"{key}.teachers",
+            step_eval.teachers,
+            "only MOPD with eval.every_steps > 0 has teachers to evaluate; leave it at false",
+        )
+    if isinstance(cfg, MOPDRun) and cfg.eval.teachers:
+        student = _architecture(cfg.model.path, "model.path", cfg.model.revision)
+        for domain, teacher in cfg.teachers.items():
+            require(
+                teacher.path is None or _architecture(teacher.path, f"teachers.{domain}.path") == student,
+                "eval.teachers",
+                True,
+                f"teachers.{domain}.path has another shape than the student, whose engines evaluate it; set it to false",
+            )
+
+
+def _architecture(path: str, key: str, revision: str | None = None) -> dict[str, Any]:
+    config = read_config(locate(path, key, revision), key)
+    return {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
 
 
 def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str, Any]]:

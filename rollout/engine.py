@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import tokens_input
@@ -90,6 +91,19 @@ def _moe_layers(worker: Any) -> list[int]:
 
     modules = worker.model_runner.get_model().modules()
     return sorted({m.layer_id for m in modules if isinstance(m, (MoERunner, RoutedExpertsCaptureSource))})
+
+
+def _random_state(worker: Any) -> list[np.ndarray]:
+    """State of torch's generators, the CPU's and its GPU's; runs in vLLM's worker."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    return [state.numpy() for state in states]
+
+
+def _set_random_state(worker: Any, states: list[list[np.ndarray]]) -> None:
+    """Undo what was drawn since `_random_state`; ``states`` are those of all workers."""
+    setters = (torch.set_rng_state, torch.cuda.set_rng_state)
+    for state, setter in zip(states[worker.rank], setters, strict=False):
+        setter(torch.from_numpy(state.copy()))
 
 
 class Engine:
@@ -194,6 +208,14 @@ class Engine:
             num_sampled = states[running.engine_id].detokenizer.num_output_tokens()
             running.updates.append((num_sampled, self.policy_version))
         return {"update_s": time.monotonic() - started, "num_requests_in_flight": float(len(self._running))}
+
+    def random_state(self) -> list[list[np.ndarray]]:
+        """What sampling without a seed draws from next, for `set_random_state`."""
+        return self.vllm.collective_rpc(_random_state)
+
+    def set_random_state(self, states: list[list[np.ndarray]]) -> None:
+        """Sample on as if nothing had been drawn since `random_state`."""
+        self.vllm.collective_rpc(_set_random_state, args=(states,))
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor that the model computes with, see `rollout.weights.engine_tensors`."""

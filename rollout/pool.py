@@ -14,7 +14,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -206,6 +207,18 @@ class RolloutPool:
         """Logprobs [T] (entry 0 is 0.0) of fixed texts under one worker's present weights, and their routes
         [T-1, L_moe, K] (None without experts). Texts leave room for one more token in the context."""
         return self._ask(worker, "score", token_ids)
+
+    @contextmanager
+    def keep_random_state(self) -> Iterator[None]:
+        """What is sampled after the block draws the random numbers that it would have drawn without it. Does nothing while
+        groups are in flight: they draw within the block, and nothing may be drawn twice."""
+        if self.num_in_flight:
+            yield
+            return
+        states = [self._ask(worker.index, "random_state") for worker in self._workers]
+        yield
+        for worker, state in zip(self._workers, states, strict=True):
+            self._ask(worker.index, "set_random_state", state)
 
     def tensors(self, worker: int = 0) -> dict[str, np.ndarray]:
         """Every tensor that one engine computes with, packed layouts included; bfloat16 as its int16 bits."""

@@ -24,6 +24,7 @@ from posttrain.records import EngineInfo, GroupSummary, Prompt, RolloutGroup, Sa
 from rollout import process
 from rollout.environment import Environment
 from rollout.episode import EpisodeTools, run_episode
+from rollout.repetition import has_repeated_tail
 from rollout.segment import Segment, SegmentResult
 
 if TYPE_CHECKING:
@@ -130,6 +131,14 @@ class RolloutWorker:
             raise RuntimeError(f"rollout-{self._index} could not score {len(problems)} texts: {problems[0]}")
         return [result.logprobs for result in results], [result.routed_experts for result in results]
 
+    async def random_state(self) -> list[list[np.ndarray]]:
+        """See `rollout.engine.Engine.random_state`."""
+        return await self._on_engine_thread(self._engine.random_state)
+
+    async def set_random_state(self, states: list[list[np.ndarray]]) -> None:
+        """See `rollout.engine.Engine.set_random_state`."""
+        await self._on_engine_thread(self._engine.set_random_state, states)
+
     async def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor of the engine, for the proof of a weight update."""
         return await self._on_engine_thread(self._engine.tensors)
@@ -212,4 +221,5 @@ def summarize(group: RolloutGroup, engine_s: float) -> GroupSummary:
         max_policy_version=int(sampled.max()) if len(sampled) else -1,
         engine_s=engine_s,
         errors=[rollout.error for rollout in group.rollouts],
+        repeated=[has_repeated_tail(rollout.turns[-1].token_ids) for rollout in group.rollouts],
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
 
 GROUPS_PER_CALL = 64  # groups that a reward worker gets at once
+
+Others = Callable[[list[tuple[Any, GroupSummary]], list[str]], None]
+"""Takes finished groups, and ids of lost ones, that the evaluation did not submit."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,35 +97,48 @@ def evaluate(
     prompts: dict[str, list[Prompt]],
     sampled: SamplingSettings,
     greedy: SamplingSettings | None,
+    others: Others | None = None,
 ) -> Scores:
     """Score the model that the rollout workers hold. A truncated answer keeps the reward its verifier gives it.
+    ``others`` gets what finishes meanwhile and is not of this evaluation; with a seed in ``sampled`` every prompt samples
+    from streams of its own.
 
     Raises:
         UserError: a rollout or a reward failed; an accuracy over the rest would be another number.
     """
     return Scores(
-        sampled=_scores(rollouts, rewards, prompts, sampled),
+        sampled=_scores(rollouts, rewards, prompts, sampled, others),
         greedy=None
         if greedy is None
-        else {d: a[:, 0] for d, a in _scores(rollouts, rewards, prompts, greedy).items()},
+        else {d: a[:, 0] for d, a in _scores(rollouts, rewards, prompts, greedy, others).items()},
     )
 
 
 def _scores(
-    rollouts: RolloutPool, rewards: RewardPool, prompts: dict[str, list[Prompt]], settings: SamplingSettings
+    rollouts: RolloutPool,
+    rewards: RewardPool,
+    prompts: dict[str, list[Prompt]],
+    settings: SamplingSettings,
+    others: Others | None,
 ) -> dict[str, np.ndarray]:
     arrays = {d: np.full((len(p), settings.group_size), np.nan) for d, p in prompts.items()}
     cells: dict[str, tuple[str, int]] = {}
     for domain, members in prompts.items():
         for i, prompt in enumerate(members):
             cells[group_id := f"eval-{domain}-{i}"] = (domain, i)
-            rollouts.submit(prompt, settings, group_id)
+            rollouts.submit(prompt, _with_own_seed(settings, group_id), group_id)
     scoring = []
     finished: list[tuple[Any, GroupSummary]] = []
     num_waiting = len(cells)
     while num_waiting:
-        arrived = rollouts.wait(timeout_s=5.0)
-        if lost := rollouts.pop_lost():
+        arrived, lost = rollouts.wait(timeout_s=5.0), rollouts.pop_lost()
+        if others is not None:
+            others(
+                [(r, s) for r, s in arrived if s.group_id not in cells], [g for g in lost if g not in cells]
+            )
+            arrived = [(r, s) for r, s in arrived if s.group_id in cells]
+            lost = [group_id for group_id in lost if group_id in cells]
+        if lost:
             raise UserError(f"evaluation: {len(lost)} prompts were given up: {rollouts.quarantined[-1]}")
         finished += arrived
         num_waiting -= len(arrived)
@@ -135,3 +153,11 @@ def _scores(
                 domain, i = cells[group_id]
                 arrays[domain][i, j] = result.reward
     return arrays
+
+
+def _with_own_seed(settings: SamplingSettings, group_id: str) -> SamplingSettings:
+    """Prompts that shared a seed would share their random numbers, and their scores would no longer be independent."""
+    if settings.seed is None:
+        return settings
+    digest = hashlib.sha256(f"{settings.seed} {group_id}".encode()).digest()
+    return replace(settings, seed=int.from_bytes(digest[:4], "little") >> 1)

@@ -12,12 +12,18 @@ from posttrain.config import MOPDRun, PolicyAlgorithm, PolicyRun, RLRun
 from posttrain.data.sources import load_prompts, source_weights
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
+from posttrain.held_out import HeldOut
 from posttrain.loop import PolicyLoop
 from posttrain.records import LossSettings, Prompt, SamplingSettings
 from posttrain.run_folder import RunFolder, plain
+from posttrain.runs import evaluate
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
+from posttrain.weighting import GapFollower
+from rewards.pool import RewardPool
+from rollout.pool import RolloutPool
+from teachers.fingerprint import fingerprint
 
 PROBE_PROMPTS = 4
 
@@ -39,6 +45,7 @@ def run_policy(
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     prompts = training_prompts(cfg, tokenizer)
     domains = sorted({p.domain for p in prompts})
+    held_out_prompts = evaluation_prompts(cfg, tokenizer)
     scheduler = Scheduler(by_source(prompts), source_weights(cfg.data), cfg.seed)
 
     with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
@@ -49,7 +56,8 @@ def run_policy(
             ),
             engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed),
         ]
-        rewards = engines.rewards(cfg.rewards, domains) if cfg.rewards else None
+        rewarded = sorted({*domains, *held_out_prompts})
+        rewards = engines.rewards(cfg.rewards, rewarded) if cfg.rewards else None
         teachers = None
         if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
             teachers = engines.teachers(
@@ -58,10 +66,11 @@ def run_policy(
         learner, rollouts = (s.result() for s in starting)
 
         # Where a former process of this run stopped.
-        first_step = 1
+        first_step, gaps = 1, GapFollower()
         if checkpoint := folder.latest():
             learner.load_checkpoint(checkpoint.folder)
             scheduler.load_state(checkpoint.state["scheduler"])
+            gaps = GapFollower(checkpoint.state.get("gaps"))
             first_step = checkpoint.step + 1
         with Tracker(
             folder.path, cfg.tracking, cfg.name, plain(cfg), cfg.algorithm.steps, first_step - 1, headline
@@ -85,6 +94,8 @@ def run_policy(
                 max_teacher_gap=cfg.teacher_workers.max_initial_kl if isinstance(cfg, MOPDRun) else 0.0,
                 rollout_samples=cfg.tracking.rollout_samples,
                 rollout_every_steps=cfg.tracking.rollout_every_steps,
+                held_out=held_out(cfg, held_out_prompts, rollouts, rewards, folder, teacher_paths),
+                gaps=gaps,
             )
             loop.run(first_step)
             folder.write_json("replay.json", replay_report(read_jsonl(folder.path / "metrics.jsonl")))
@@ -112,6 +123,43 @@ def training_prompts(cfg: RLRun | MOPDRun, tokenizer: PreTrainedTokenizerBase) -
     """Prompts of the run, of one domain where an RL run names one."""
     domain = cfg.domain if isinstance(cfg, RLRun) else None
     return load_prompts(cfg.data, tokenizer, max_prompt_tokens(cfg), domain=domain)
+
+
+def evaluation_prompts(cfg: RLRun | MOPDRun, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Prompt]]:
+    """Held-out prompts by domain, of one domain where an RL run names one; empty when nothing is evaluated."""
+    if not cfg.eval.every_steps:
+        return {}
+    domain = cfg.domain if isinstance(cfg, RLRun) else None
+    prompts = load_prompts(cfg.data, tokenizer, max_prompt_tokens(cfg), eval=True, domain=domain)
+    return evaluate.held_out(prompts, cfg.eval.num_prompts)
+
+
+def held_out(
+    cfg: RLRun | MOPDRun,
+    prompts: dict[str, list[Prompt]],
+    rollouts: RolloutPool,
+    rewards: RewardPool | None,
+    folder: RunFolder,
+    teacher_paths: dict[str, str],
+) -> HeldOut | None:
+    """What evaluates the policy while it trains; None when nothing does."""
+    if not prompts:
+        return None
+    assert rewards is not None, "posttrain.validate refuses an evaluation without rewards"
+    settings = SamplingSettings(
+        group_size=cfg.eval.num_samples,
+        max_new_tokens=cfg.rollout.max_new_tokens,
+        max_turns=cfg.rollout.max_turns,
+        temperature=cfg.eval.temperature,
+        seed=cfg.seed,
+    )
+    measured_on = {
+        "model": fingerprint(cfg.model.path, "model.path", cfg.model.revision),
+        "rewards": cfg.rewards,
+        "environments": cfg.environments,
+    }
+    teachers = teacher_paths if cfg.eval.teachers else {}
+    return HeldOut(cfg.eval, prompts, settings, rollouts, rewards, folder, measured_on, teachers)
 
 
 def max_prompt_tokens(cfg: PolicyRun) -> int:
@@ -146,8 +194,8 @@ def loss_settings(algorithm: PolicyAlgorithm) -> LossSettings:
         ratio_high=algorithm.ratio_high,
         ratio_truncate=algorithm.ratio_truncate,
         teacher_clip=algorithm.teacher_clip,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
+        clip_low=algorithm.clip_low or 0.0,  # None where the loss has no PPO clip
+        clip_high=algorithm.clip_high or 0.0,
     )
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl (one object per step, every step exactly once) and events.jsonl (what happened, append-only).
+"""metrics.jsonl (one object per step, every step exactly once; step 0 is an evaluation before the first) and events.jsonl (what happened, append-only).
 
 Owns the files' repair after a kill: a half-written last line is dropped, and metrics of steps after the checkpoint
 are cut away in one atomic replacement. Refuses a file that is damaged anywhere else, and a step that goes back.
@@ -24,7 +24,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         """Open for appending after ``resume_step`` (0: nothing of a former attempt is kept)."""
         self.path = path
-        self.last_step = resume_step
+        self.last_step = resume_step or -1
         if path.exists():
             _cut_back(path, resume_step)
         self._stream = path.open("a", encoding="utf-8")
@@ -74,7 +74,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut_back(path: Path, resume_step: int) -> None:
-    kept = [row for row in read_jsonl(path) if row["step"] <= resume_step]
+    kept = [row for row in read_jsonl(path) if row["step"] <= resume_step] if resume_step else []
     aside = path.with_name(path.name + ".tmp")
     with aside.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in kept)

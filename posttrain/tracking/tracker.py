@@ -42,7 +42,7 @@ class Tracker:
         self._console = ConsoleDisplay(run_name, total_steps, resume_step, headline) if cfg.console else None
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Record the metrics of ``step`` (1-indexed, each exactly once); values are numbers.
+        """Record the metrics of ``step`` (1-indexed, each exactly once; 0: before training); values are numbers.
 
         A value that is not finite is written as null, and as an event with its name.
         """

@@ -23,6 +23,7 @@ from posttrain.learner.errors import NonFiniteGradientError, RecordError
 from posttrain.learner.group import LearnerGroup
 from posttrain.learner.moe.replay import RouterReplay
 from posttrain.records import LossSettings, SampleRef, TrainingSample, WeightBundle
+from tests.metric_names import undocumented
 from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
 
 pytestmark = pytest.mark.integration
@@ -204,11 +205,13 @@ def test_numbers_do_not_depend_on_the_cut(
         )
 
 
+@pytest.mark.parametrize("kind", ["ppo_clip", "gspo"])
 def test_metrics_are_the_same_for_one_and_two_ranks(
-    one: LearnerGroup, two: LearnerGroup, models: dict[str, Path]
+    kind: str, one: LearnerGroup, two: LearnerGroup, models: dict[str, Path]
 ) -> None:
+    """The ratio of gspo is that of whole sequences, also where ranks and micro-batches share a batch."""
     model = ModelConfig(path=str(models["qwen3_moe"]))
-    settings = LossSettings(kind="ppo_clip", beta=0.0, alpha=1.0)
+    settings = LossSettings(kind=kind, beta=0.0, alpha=1.0)
     one.reset(config(), model, 10, 0)
     two.reset(config(num_ranks=2, zero_stage=2, max_tokens_per_micro_batch=30), model, 10, 0)
     first, second = (g.train_step(references(BATCHES[0]), settings, 1, updates=2) for g in (one, two))
@@ -216,6 +219,7 @@ def test_metrics_are_the_same_for_one_and_two_ranks(
     for name in first:
         assert second[name] == pytest.approx(first[name], abs=1e-4, rel=1e-3), name
     assert {"mismatch/k3", "clip/ppo", "balance/max_vio", "entropy", "d0/entropy", "lr"} <= first.keys()
+    assert undocumented(first) == set()
 
 
 def test_bad_records_and_gradients_change_nothing(two: LearnerGroup, models: dict[str, Path]) -> None:

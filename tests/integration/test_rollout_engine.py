@@ -266,6 +266,38 @@ def test_later_turns_of_a_hybrid_model_ship_their_own_tokens_only(
     assert same.mean() > 0.9
 
 
+def samples_around_an_evaluation(path: str, keep: bool) -> list[list[int]]:
+    """Tokens sampled without a seed, each time after the same number of draws but for an evaluation in between: none, a
+    seeded one, and a seeded one again whose draws are taken back where ``keep``."""
+    engine, taken = make_engine(path, Dtype.float32), []
+    start = engine.random_state()
+    for between in (False, True):
+        engine.set_random_state(start)
+        state = engine.random_state()
+        for i in range(4 if between else 0):
+            add(engine, f"eval {i}", max_tokens=12, token_ids=[9, 8, 7 + i], seed=100 + i)
+        seeded = {name: result.token_ids.tolist() for name, result in finish(engine).items()}
+        if between and keep:
+            engine.set_random_state(state)
+        for i in range(4):
+            add(engine, f"train {i}", max_tokens=12, token_ids=[5, 6, 7 + i])
+        taken.append([r.token_ids.tolist() for _, r in sorted(finish(engine).items())])
+        taken.append([seeded[name] for name in sorted(seeded)])
+    return taken
+
+
+def test_an_evaluation_leaves_the_random_numbers_of_training_alone(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Without taking them back the CPU sampler draws from the shared generator for seeded requests too: the control."""
+    path = str(tiny_qwen3_moe(tmp_path / "model"))
+    undisturbed, _, after, seeded = run(samples_around_an_evaluation, path, True)
+    assert after == undisturbed and len(undisturbed) == 4
+    disturbed, _, shifted, seeded_again = run(samples_around_an_evaluation, path, False)
+    assert shifted != disturbed
+    assert seeded == seeded_again and len({tuple(s) for s in seeded}) == 4
+
+
 def options_error(option: dict[str, Any]) -> str:
     from rollout.engine import engine_options
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from posttrain.tracking.jsonl import read_jsonl
+from tests.metric_names import undocumented
 from tests.tiny_models import tiny_mimo, tiny_qwen3_moe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -72,6 +73,11 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def others(n: int) -> list[dict[str, str]]:
+    """User messages that no training prompt has."""
+    return [{"role": "user", "content": f"{'h' * (i + 1)}gfedc"} for i in range(n)]
+
+
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: a Qwen3-MoE checkpoint, conversations, prompts of two domains, a module with a reward."""
@@ -84,6 +90,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     domains = ["math", "code"]
     rows = [{"messages": m[:1], "domain": domains[i % 2], "answer": "x"} for i, m in enumerate(chat)]
     write_rows(folder / "prompts.jsonl", rows)
+    held_out = [{"messages": [m], "domain": domains[i % 2], "answer": "x"} for i, m in enumerate(others(16))]
+    write_rows(folder / "heldout.jsonl", held_out)
     (folder / "my_module.py").write_text(MY_MODULE)
     return folder
 
@@ -100,6 +108,7 @@ def test_user_trains_own_checkpoint_on_own_messages(user: Path) -> None:
     rows = read_jsonl(user / "runs/sft/metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, 21))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
+    assert undocumented(name for row in rows for name in row) == set()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(user / "runs/sft/model")
@@ -114,11 +123,15 @@ def test_user_reward_rises_on_two_ranks_and_two_workers(user: Path) -> None:
         "rewards._target_=my_module.VowelReward", "algorithm.steps=6", "algorithm.prompts_per_step=12",
         "algorithm.group_size=8", "algorithm.overlong=keep", "learner.lr=1e-3", "learner.warmup_steps=0",
         "learner.num_ranks=2", "learner.zero_stage=2", "rollout.num_workers=2", *ROLLOUT,
+        "eval.every_steps=4", "eval.num_samples=8", "data.eval_path=heldout.jsonl",
     )  # fmt: skip
-    rewards = [row["reward/all"] for row in read_jsonl(user / "runs/rl/metrics.jsonl")]
+    start, *rows = read_jsonl(user / "runs/rl/metrics.jsonl")
+    rewards = [row["reward/all"] for row in rows]
     assert len(rewards) == 6
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1, rewards
-    rows = read_jsonl(user / "runs/rl/metrics.jsonl")
+    assert [row["step"] for row in [start, *rows] if "eval/math" in row] == [0, 4, 6]
+    assert rows[-1]["eval/math/gain"] == rows[-1]["eval/math"] - start["eval/math"] > 0.1
+    assert undocumented(name for row in [start, *rows] for name in row) == set()
     assert all(row["replay/coverage"] == 1.0 for row in rows)
     assert all(row["probe/mean_abs"] < 0.05 for row in rows)
 
@@ -132,10 +145,32 @@ def test_student_closes_the_gap_to_two_teachers(user: Path) -> None:
     )  # fmt: skip
     rows = read_jsonl(user / "runs/mopd/metrics.jsonl")
     assert rows[0]["code/teacher_abs"] < 0.02, "teacher = student gives nothing at step 1"
+    assert undocumented(name for row in rows for name in row) == set()
     gap = [row["math/teacher_abs"] for row in rows]
     assert sum(gap[-3:]) / 3 < 0.7 * sum(gap[:2]) / 2, gap
     preflight = [e for e in read_jsonl(user / "runs/mopd/events.jsonl") if e["kind"] == "preflight"]
     assert {e["domain"] for e in preflight} >= {"math", "code"}
+
+
+def test_outcome_beside_the_teachers_with_balanced_domains(user: Path) -> None:
+    """alpha > 0 with a clipped loss, two updates on a batch, shares that follow the gaps, and every clip's own share."""
+    posttrain(
+        user, "mopd", "model.path=runs/sft/model", "data.path=prompts.jsonl", "algorithm.steps=4", "name=mixed",
+        "teachers.math.path=runs/rl/model", "teachers.code.path=runs/sft/model", "algorithm.prompts_per_step=16",
+        "algorithm.alpha=0.5", "algorithm.group_size=4", "rewards._target_=my_module.VowelReward", "algorithm.loss=gspo",
+        "algorithm.updates_per_batch=2", "algorithm.aggregation=token_mean_balanced", "algorithm.gap_following=true",
+        "algorithm.target_shares={math: 0.5, code: 0.5}", "algorithm.overlong=shape", "learner.lr=1e-3",
+        "learner.warmup_steps=0", "teacher_workers.max_initial_kl=4", *ROLLOUT,
+    )  # fmt: skip
+    rows = read_jsonl(user / "runs/mixed/metrics.jsonl")
+    assert len(rows) == 4 and undocumented(name for row in rows for name in row) == set()
+    assert rows[0]["share/target/math"] == pytest.approx(0.5)
+    assert rows[1]["share/target/math"] > 0.5, "math is the domain with a gap"
+    for row in rows:
+        assert row["share/weight/math"] == pytest.approx(row["share/target/math"], rel=0.01)
+        assert row["share/gradient/math"] + row["share/gradient/code"] == pytest.approx(1)
+        assert row["reward/overlong_penalty"] >= 0
+    assert max(row["clip/ppo"] for row in rows) > 0, "the second update leaves the band of 3e-4"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from posttrain.advantages import group_advantages
+from posttrain.advantages import group_advantages, overlong_penalties
 from posttrain.config import Advantage
 
 ALL = np.ones(4, dtype=bool)
@@ -54,3 +54,12 @@ def test_advantages_of_a_group_sum_to_zero(kind: Advantage) -> None:
 def test_a_reward_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(ValueError, match="finite"):
         group_advantages(np.array([1.0, np.nan, 0.0, 0.0]), ALL, Advantage.grpo)
+
+
+def test_overlong_penalty_of_dapo_by_hand() -> None:
+    """Limit 20, buffer 4: nothing up to 16, a quarter a token from there, all of it for an answer that was cut off."""
+    lengths = np.array([1, 16, 17, 18, 20, 20, 5])
+    cut = np.array([False, False, False, False, False, True, True])
+    got = overlong_penalties(lengths, cut, max_tokens=20, buffer=4, penalty=1.0)
+    assert got.tolist() == [0, 0, 0.25, 0.5, 1, 1, 1]
+    assert overlong_penalties(lengths, cut, 20, 4, penalty=0.5).tolist() == (got / 2).tolist()

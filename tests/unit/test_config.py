@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import MISSING, OmegaConf
 
 from posttrain.compose import available_groups, command_groups, compose, config_dir, merge
-from posttrain.config import RUNS, Correction, Dtype, RunConfig, UserError
+from posttrain.config import RUNS, Correction, Dtype, Loss, RunConfig, UserError
+from posttrain.run_folder import plain
 from posttrain.schema import lookup, walk
 
 MODEL = "model.path=/m"
@@ -153,6 +155,8 @@ def test_one_line_names_key_value_and_way_out(command, override, expected):
         ("rl", "algorithm.updates_per_batch=0 algorithm.steps=0 algorithm.max_off_policy_steps=-1"),
         ("rl", "algorithm.teacher_clip=0.0 algorithm.clip_low=0.0 algorithm.clip_high=-0.1"),
         ("rl", "algorithm.ratio_truncate=0.9 algorithm.target_shares.math=-0.5"),
+        ("rl", "algorithm.length_norm=0 algorithm.overlong_buffer=0 algorithm.overlong_penalty=-0.5"),
+        ("mopd", "eval.every_steps=-1 eval.num_samples=0 eval.num_prompts=0 eval.temperature=0.0"),
         ("sft", "algorithm.steps=0 algorithm.batch_size=0 algorithm.max_tokens=0"),
         ("sft", "checkpoint.every_steps=0 checkpoint.keep=0 data.max_prompt_tokens=0"),
         ("sft", "tracking.rollout_every_steps=0 tracking.rollout_samples=-1"),
@@ -276,3 +280,66 @@ def test_configuration_page_is_current():
 
     written = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
     assert written == page(), "run: python scripts/write_configuration_docs.py"
+
+
+# What depends on the loss and the longest answer ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "clips"),
+    [
+        ("ppo_clip", (0.2, 0.28)),
+        ("gspo", (3e-4, 4e-4)),
+        ("cispo", (1.0, 4.0)),
+        ("policy_gradient", (None, None)),
+        ("reinforce", (None, None)),
+    ],
+)
+def test_clips_follow_the_loss_and_are_seen(loss, clips):
+    algorithm = build("rl", f"algorithm.loss={loss}").algorithm
+    assert (algorithm.clip_low, algorithm.clip_high) == clips
+    stage = build("pipeline", f"rl.algorithm.loss={loss}").rl.algorithm
+    assert (stage.clip_low, stage.clip_high) == clips
+    assert build("rl", f"algorithm.loss={loss}", "algorithm.clip_low=0.1").algorithm.clip_low == 0.1
+
+
+def test_clips_of_the_default_losses():
+    assert build("rl").algorithm.clip_high == 0.28
+    assert build("mopd").algorithm.clip_high is None
+    gspo = build("rl", "algorithm=gspo").algorithm
+    assert (gspo.loss, gspo.clip_low, gspo.clip_high) == (Loss.gspo, 3e-4, 4e-4)
+
+
+def test_the_constant_normaliser_is_the_longest_answer():
+    assert build("rl").algorithm.length_norm is None
+    assert build("rl", "algorithm=dr_grpo", "rollout.max_new_tokens=100").algorithm.length_norm == 100
+    turns = ["rollout.max_new_tokens=100", "rollout.max_turns=3"]
+    assert build("rl", "algorithm=dr_grpo", *turns).algorithm.length_norm == 300
+    assert build("rl", "algorithm=dr_grpo", "algorithm.length_norm=7").algorithm.length_norm == 7
+    assert build("pipeline", "algorithm@rl.algorithm=dr_grpo").rl.algorithm.length_norm == 512
+
+
+def test_the_overlong_buffer_is_a_fifth_of_the_longest_answer():
+    shape = ["algorithm.overlong=shape", "rollout.max_new_tokens=100"]
+    assert build("rl", *shape).algorithm.overlong_buffer == 20
+    assert build("rl", *shape, "algorithm.overlong_buffer=30").algorithm.overlong_buffer == 30
+    assert message("rl", *shape, "algorithm.overlong_buffer=100").startswith(
+        "algorithm.overlong_buffer=100: the longest answer has 100 tokens"
+    )
+    assert message("mopd", "algorithm.overlong=shape").startswith("algorithm.overlong='shape': it shapes")
+
+
+def test_gap_following_needs_balanced_shares():
+    assert message("mopd", "algorithm.gap_following=true").startswith(
+        "algorithm.gap_following=True: it moves"
+    )
+    balanced = "algorithm.aggregation=token_mean_balanced"
+    assert build("mopd", "algorithm.gap_following=true", balanced).algorithm.gap_following
+
+
+def test_resolved_values_read_back_from_the_run_folder(tmp_path):
+    """config.yaml holds resolved values; a run that is started from it is the same run."""
+    cfg = build("rl", "algorithm=dr_grpo", "algorithm.loss=cispo", "algorithm.overlong=shape")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(plain(cfg)))
+    assert compose("rl", [], str(file))[1] == cfg

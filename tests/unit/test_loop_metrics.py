@@ -19,6 +19,7 @@ def test_rewards_lengths_and_dropped_rollouts() -> None:
         max_policy_version=3,
         engine_s=0.1,
         errors=[None, None, "short routes"],
+        repeated=[False, True, True],
     )
     rewards = [
         RewardResult(reward=1.0),
@@ -29,6 +30,7 @@ def test_rewards_lengths_and_dropped_rollouts() -> None:
     metrics = rollout_metrics(wave, step=4)
     assert metrics["reward/all"] == metrics["reward/math"] == 0.75
     assert metrics["length/all"] == 3.0 and metrics["tokens/all"] == 9.0
+    assert metrics["repeated/math"] == 1 / 3, "the prompt of a failed rollout is no answer"
     assert metrics["truncated/math"] == metrics["failed/all"] == 1 / 3
     assert metrics["dropped/engine_error"] == 1.0
     assert metrics["share/prompts/math"] == 1.0 and metrics["policy_age/max"] == 0.0

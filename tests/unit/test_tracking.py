@@ -61,6 +61,18 @@ def test_resume_cuts_back_and_goes_on(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_step_0_is_an_evaluation_before_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for step in range(4):
+        file.write(step, {})
+    assert steps(path) == [0, 1, 2, 3]
+    MetricsFile(path, resume_step=2)
+    assert steps(path) == [0, 1, 2]
+    MetricsFile(path).write(0, {})
+    assert steps(path) == [0], "without a checkpoint nothing is kept"
+
+
 def test_half_line_that_is_json_by_chance_is_dropped_with_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step"')

@@ -154,6 +154,11 @@ def test_held_out_prompts_that_are_trained_on_are_noted(world):
         ("rl", ["data.eval_path={world}/heldout.jsonl"], "data.eval_path='{world}/heldout.jsonl': nothing is evaluated on it"),
         ("mopd", ["data.eval_sources.x.path={world}/heldout.jsonl"], "data.eval_sources=['x']: nothing is evaluated on it"),
         ("pipeline", ["sft_data.eval_path={world}/heldout.jsonl"], "sft_data.eval_path='{world}/heldout.jsonl': nothing is evaluated"),
+        ("rl", ["eval.every_steps=5"], "data.eval_path=None: no data"),
+        ("mopd", ["eval.every_steps=5", "data.eval_path={world}/heldout.jsonl"], "eval.every_steps=5: an accuracy needs rewards"),
+        ("rl", ["eval.every_steps=5", "data.eval_path={world}/heldout.jsonl", "eval.teachers=true"], "eval.teachers=True: only MOPD"),
+        ("mopd", ["eval.teachers=true"], "eval.teachers=True: only MOPD with eval.every_steps > 0"),
+        ("pipeline", ["rl.eval.every_steps=5", "rl.eval.teachers=true"], "rl.eval.teachers=True: only MOPD"),
     ],
 )  # fmt: skip
 def test_refusals(world, command, overrides, expected):
@@ -162,6 +167,22 @@ def test_refusals(world, command, overrides, expected):
         assert "more than the 4 that the context leaves room for" in found and "prompts.jsonl:1" in found
     else:
         assert expected.format(world=world) in found
+
+
+def test_held_out_prompts_of_a_training_run(world, tmp_path):
+    given = ["eval.every_steps=5", f"data.eval_path={world}/heldout.jsonl"]
+    report = validate(config(world, "rl", *given))
+    assert report.num_prompts == report.num_eval_prompts == {"code": 2, "math": 2}
+    assert validate(config(world, "rl", *given, "domain=math")).num_eval_prompts == {"math": 2}
+    validate(config(world, "mopd", *given, REWARD, "eval.teachers=true"))
+    found = refusal(world, "mopd", *given, REWARD, "eval.teachers=true", f"model.path={world}/qwen")
+    assert found.startswith("eval.teachers=True: teachers.")
+    row = json.loads((world / "heldout.jsonl").read_text().splitlines()[0]) | {"domain": "law"}
+    (tmp_path / "law.jsonl").write_text(json.dumps(row) + "\n")
+    law = ["eval.every_steps=5", f"data.eval_path={tmp_path}/law.jsonl"]
+    assert validate(config(world, "rl", *law)).num_eval_prompts == {"law": 1}
+    one = [f"rewards.{d}._target_=rewards.exact_match.ExactMatch" for d in ("math", "code")]
+    assert "domain 'law' without reward" in refusal(world, "rl", *law, "~rewards._target_", *one)
 
 
 def test_a_domain_without_held_out_prompts(world, tmp_path):

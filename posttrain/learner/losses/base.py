@@ -28,9 +28,7 @@ class LossInputs:
     domain_ids: Tensor  # int64
     domains: list[str] = field(default_factory=list)
     rollout_logprobs: Tensor | None = None  # log mu, None in SFT
-    old_logprobs: Tensor | None = (
-        None  # log pi of the policy before the first update on this batch; ppo_clip only
-    )
+    old_logprobs: Tensor | None = None  # log pi of the policy before the first update on this batch
     teacher_logprobs: Tensor | None = None
     orm_advantages: Tensor | None = None
     policy_versions: Tensor | None = None  # int64

@@ -20,6 +20,35 @@ def entropy(inputs: LossInputs) -> dict[str, Metric]:
     return {"entropy": mean(values, active), **mean_by_domain("entropy", values, active, inputs)}
 
 
+def share_and_domains(group: str, name: str, mask: Tensor, inputs: LossInputs) -> dict[str, Metric]:
+    """``group/name``, the share of tokens where ``mask`` [N] holds, and the same by domain as ``<domain>/group_name``."""
+    active = inputs.weights != 0
+    by_domain = mean_by_domain(f"{group}_{name}", mask, active, inputs)
+    return {f"{group}/{name}": mean(mask, active), **by_domain}
+
+
+def balance(inputs: LossInputs, advantages: Tensor, factors: Tensor) -> dict[str, Metric]:
+    """Who gets how much of the step: mean |A|, and by domain its share of the weights and of the gradient.
+
+    ``factors`` [N] are the derivatives of -L by log pi(y_t): a domain's share of the gradient is its share of the sum
+    of their absolute values. A share is a (sum, count) pair whose count is the sum over all domains, so that it adds up
+    over micro-batches and ranks like every mean.
+    """
+    active = inputs.weights != 0
+    sizes = advantages.detach().abs()
+    found = {
+        "advantage/mean_abs": mean(sizes, active),
+        **mean_by_domain("advantage_abs", sizes, active, inputs),
+    }
+    for name, amounts in (("weight", inputs.weights), ("gradient", factors)):
+        amounts = amounts.detach().double().abs()
+        sums = amounts.new_zeros(len(inputs.domains)).index_add_(0, inputs.domain_ids, amounts)
+        for domain, own in zip(inputs.domains, sums, strict=True):
+            if domain:
+                found[f"share/{name}/{domain}"] = (own, sums.sum())
+    return found
+
+
 def k3(log_ratio: Tensor) -> Tensor:
     """exp(x) - 1 - x per token, float64: the non-negative KL estimator for log ratios x of samples."""
     x = log_ratio.detach().double()
@@ -55,7 +84,8 @@ def teacher(inputs: LossInputs, teacher_clip: float) -> dict[str, Metric]:
         "teacher/k1": mean(-gap, active),
         "teacher/k3": mean(k3(gap), active),
         "teacher/mean_abs": mean(gap.abs(), active),
-        "clip/teacher": mean(gap.abs() > teacher_clip, active),
+        **share_and_domains("clip", "teacher", gap.abs() > teacher_clip, inputs),
         **mean_by_domain("teacher_k1", -gap, active, inputs),
+        **mean_by_domain("teacher_k3", k3(gap), active, inputs),
         **mean_by_domain("teacher_abs", gap.abs(), active, inputs),
     }
