@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from posttrain.config import UserError
+from posttrain.config import RewardWorkerConfig, UserError
 from posttrain.records import RewardResult, RolloutGroup
 from rewards.resolve import resolve
 from rewards.worker import RewardWorker
@@ -21,23 +21,25 @@ __all__ = ["RewardPool", "resolve"]
 
 
 class RewardPool:
-    """`num_workers` reward workers; calls of `score` take turns among them."""
+    """Reward workers; calls of `score` take turns among them."""
 
     def __init__(self, workers: list[Any]) -> None:
         self._workers = workers
         self._next = 0
 
     @classmethod
-    def start(cls, rewards_cfg: dict[str, Any], domains: list[str], num_workers: int = 1) -> RewardPool:
+    def start(
+        cls, rewards_cfg: dict[str, Any], domains: list[str], cfg: RewardWorkerConfig | None = None
+    ) -> RewardPool:
         """Start the actors and wait until every reward is built.
 
         Raises:
             UserError: from `resolve`, or from building a reward in a worker.
         """
-        entries = resolve(rewards_cfg, domains)
+        entries, cfg = resolve(rewards_cfg, domains), cfg or RewardWorkerConfig()
         # Zero CPUs: verifiers mostly wait for work, and must not keep engines from being placed.
         actor = ray.remote(num_cpus=0, max_restarts=3, max_task_retries=1)(RewardWorker)
-        workers = [actor.remote(entries, list(sys.path)) for _ in range(num_workers)]
+        workers = [actor.remote(entries, list(sys.path), cfg.timeout_s) for _ in range(cfg.num_workers)]
         for problem in ray.get([worker.problem.remote() for worker in workers]):
             if problem is not None:
                 raise UserError(problem)

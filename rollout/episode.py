@@ -32,6 +32,7 @@ class EpisodeTools:
     environment: Environment | None
     threads: Executor  # environments run here
     next_request_id: Callable[[], str]
+    environment_timeout_s: float | None = None
 
 
 def _given_turn(author: str, token_ids: np.ndarray) -> Turn:
@@ -125,18 +126,22 @@ async def _ask(tools: EpisodeTools, prompt: Prompt, rollout: Rollout) -> Environ
     """The environment's answer, or None with ``rollout.error`` set. User code is the other side: whatever it raises
     costs this one rollout."""
     assert tools.environment is not None
-    loop = asyncio.get_running_loop()
+    messages = [dict(message) for message in rollout.messages]
+    asked = asyncio.get_running_loop().run_in_executor(
+        tools.threads, tools.environment.respond, prompt, messages
+    )
     try:
-        reply = await loop.run_in_executor(
-            tools.threads, tools.environment.respond, prompt, [dict(message) for message in rollout.messages]
-        )
+        reply = await asyncio.wait_for(asked, tools.environment_timeout_s)
         if not isinstance(reply, EnvironmentReply):
             raise TypeError(f"respond() returned {type(reply).__name__}, an EnvironmentReply is needed")
         if not reply.done and not reply.messages:
             raise ValueError("respond() returned no message and did not end the episode")
         return reply
     except Exception as error:
-        rollout.error = f"environment of {prompt.domain}: {type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if asked.cancelled():  # by the time limit
+            reason = f"no reply within rollout.environment_timeout_s={tools.environment_timeout_s:g}"
+        rollout.error = f"environment of {prompt.domain}: {reason}"
         return None
 
 

@@ -100,6 +100,7 @@ class RolloutWorker:
             environment=self._environments.get(prompt.domain),
             threads=self._environment_threads,
             next_request_id=self._next_request_id,
+            environment_timeout_s=self._cfg.environment_timeout_s,
         )
         episodes = [
             asyncio.create_task(run_episode(prompt, settings, group_id, index, tools))

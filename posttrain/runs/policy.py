@@ -49,7 +49,7 @@ def run_policy(
             ),
             engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed),
         ]
-        rewards = engines.rewards(cfg.rewards, domains) if cfg.rewards else None
+        rewards = engines.rewards(cfg.rewards, cfg.reward_workers, domains) if cfg.rewards else None
         teachers = None
         if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
             teachers = engines.teachers(

@@ -72,6 +72,7 @@ def run(
     *,
     max_turns: int = 4,
     max_model_len: int = 100,
+    timeout_s: float | None = None,
 ) -> Rollout:
     prompt = Prompt(
         prompt_id="p",
@@ -90,9 +91,24 @@ def run(
             environment=environment,
             threads=threads,
             next_request_id=lambda: str(next(ids)),
+            environment_timeout_s=timeout_s,
         )
         settings = SamplingSettings(max_new_tokens=5, max_turns=max_turns, seed=7)
         return asyncio.run(run_episode(prompt, settings, "g", 1, tools))
+
+
+class Waits:
+    def respond(self, prompt: Prompt, messages: list[dict[str, Any]]) -> EnvironmentReply:
+        time.sleep(1.0)
+        return DONE
+
+
+def test_an_environment_that_hangs_costs_its_rollout_alone() -> None:
+    rollout = run(ScriptedEngine([[5, END]]), Waits(), timeout_s=0.05)
+    assert rollout.status is RolloutStatus.environment_error
+    assert rollout.error == "environment of tool: no reply within rollout.environment_timeout_s=0.05"
+    own = run(ScriptedEngine([[5, END]]), Scripted(TimeoutError("gateway")), timeout_s=5.0)
+    assert own.error == "environment of tool: TimeoutError: gateway"
 
 
 def test_single_turn_that_ends_by_itself() -> None:

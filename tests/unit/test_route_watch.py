@@ -117,7 +117,8 @@ def test_wrong_routes_are_named_and_stay_out(fault, watch: RouteWatch) -> None: 
 def test_many_wrong_rollouts_stop_the_step(watch: RouteWatch) -> None:
     run(recorded(seed=1), watch)
     with pytest.raises(
-        RecordError, match=r"4 of 4 rollouts have routes that are missing or contradict.*rollout g0/0: its routes in layer"
+        RecordError,
+        match=r"4 of 4 rollouts have routes that are missing or contradict.*rollout g0/0: its routes in layer",
     ):
         watch.check(num_samples=B)
 
