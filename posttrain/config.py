@@ -159,8 +159,8 @@ class RolloutConfig:
     dtype: Dtype = Dtype.bfloat16
     """Weights and activations of the engine."""
     head_dtype: Dtype | None = Dtype.float32
-    """Type of the LM head's product. float32 is the learner's: rounding logits to bfloat16 is most of the mismatch that
-    routing replay leaves. null: as dtype, for quantised heads or to spare a CPU the larger product."""
+    """Type of the LM head's product. float32 is that of the learner's softmax: rounding logits to bfloat16 was a quarter
+    of the k3 that routing replay leaves (docs/results.md). null: as dtype, for quantised heads."""
     max_new_tokens: int = 512
     """Upper bound on sampled tokens per turn."""
     max_turns: int = 1
