@@ -209,6 +209,8 @@ def compare(scores: Scores) -> dict[str, dict[str, Any]]:
     for name, ratio in point_ratios.items():
         values = np.array([draw[name] for draw in draws])
         low, high = np.nanquantile(values, [0.025, 0.975]) if np.isfinite(values).any() else (np.nan,) * 2
+        if name.startswith("f") and point["with"][name] == 0 < point["without"][name]:
+            high = 3 / (point["without"][name] * len(owners))  # no draw can show an event: the rule of three
         bar = BARS.get(name)
         if name.startswith("f") and point["without"][name] <= MIN_F:
             bar = None

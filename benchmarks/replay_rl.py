@@ -62,7 +62,10 @@ def measure(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         base = args.model or sft.run(pipeline.sft_config(cfg), engines)
         for lr in args.lr:
             for seed in range(args.seeds):
-                for arm, routing_replay in ARMS.items():
+                arms = list(
+                    ARMS.items()
+                )  # which comes first changes, because the engines' random state goes on
+                for arm, routing_replay in arms if seed % 2 == 0 else arms[::-1]:
                     name = f"replay_rl/{arm.replace(' ', '_')}-lr{lr:g}-seed{seed}"
                     run = pipeline.rl_config(cfg, args.domain, base)
                     run = replace(

@@ -176,7 +176,8 @@ class RolloutConfig:
     on_update: OnUpdate = OnUpdate.recompute
     """What happens to requests in flight when weights change: KV dropped and rebuilt, or kept and marked."""
     probe_tolerance: float = 0.1
-    """Largest mean |engine - learner| logprob of the probe text after an update; above it the run stops."""
+    """Largest mean |engine - learner| logprob of the probe texts after an update, nat; above it, or above 5 times what the
+    first update showed, the run stops."""
     max_retries: int = 2
     """Times a prompt is generated again after a worker died; then it is quarantined and named."""
     environment_timeout_s: float | None = 300.0
@@ -531,7 +532,7 @@ class RunConfig:
     runs_dir: str = "runs"
     """Where run folders go."""
     seed: int = 0
-    """Seed of data order, sampling and everything else that is random."""
+    """Seed of data order, and of engines as they start; engines that serve several stages go on with their state."""
     fresh: bool = False
     """Start over: the folder's former content is moved to `<name>.old-<time>`. Default is to resume."""
     dry_run: bool = False

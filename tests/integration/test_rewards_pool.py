@@ -31,6 +31,12 @@ class DiesOnce:
             os._exit(1)
         return 0.25, {}
 
+class Deadly:
+    def score(self, rollout):
+        if rollout.completion == "deadly":
+            os._exit(1)
+        return 0.75, {}
+
 class Hangs:
     def score(self, rollout):
         while rollout.completion == "hang":
@@ -119,6 +125,17 @@ def test_a_verifier_that_hangs_is_an_error_of_its_rollout(ray_local, user_module
     ((hung, fine),) = ray.get(pool.score([ray.put(group("a", "math", ["hang", "fine"]))]))
     assert hung.error == "the reward took longer than reward_workers.timeout_s=0.2"
     assert (fine.reward, fine.error) == (0.5, None)
+    pool.shutdown()
+
+
+def test_a_rollout_that_kills_its_verifier_costs_its_group_alone(ray_local, user_module):
+    pool = RewardPool.start(
+        {"_target_": f"{user_module}.Deadly"}, ["math"], RewardWorkerConfig(num_workers=2)
+    )
+    groups = [group(f"g{i}", "math", ["fine", "deadly" if i == 3 else "fine"]) for i in range(20)]
+    results = pool.score_all([(ray.put(g), 2) for g in groups])
+    assert [r.reward for i, found in enumerate(results) for r in found if i != 3] == [0.75] * 38
+    assert all(r.error is not None and "died" in r.error for r in results[3]) and len(results[3]) == 2
     pool.shutdown()
 
 
