@@ -110,11 +110,23 @@ class _Own:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
 
+ROLLOUT_BANDS = (
+    Band(
+        name="rollouts_fail",
+        metric="failed/all",
+        high=0.05,
+        hint="what fails is left out, and is seldom a fair sample; events.jsonl names the reasons",
+    ),
+)
+
+
 class Alarms:
     """Remembers which bands are left, and what the first steps were like."""
 
     def __init__(
-        self, bands: tuple[Band, ...] = REPLAY_BANDS, drifts: tuple[Drift, ...] = HEALTH_DRIFTS
+        self,
+        bands: tuple[Band, ...] = REPLAY_BANDS + ROLLOUT_BANDS,
+        drifts: tuple[Drift, ...] = HEALTH_DRIFTS,
     ) -> None:
         self._bands = bands
         self._drifts = drifts
