@@ -87,6 +87,13 @@ class Correction(StrEnum):
     off = "off"
 
 
+class Signal(StrEnum):
+    sampled = "sampled"
+    top_k = "top_k"
+    top_k_renorm = "top_k_renorm"
+    full = "full"
+
+
 class Overlong(StrEnum):
     mask = "mask"
     keep = "keep"
@@ -327,7 +334,13 @@ class PolicyAlgorithm:
     loss: Loss = Loss.policy_gradient
     """policy_gradient: eq. 7 of the MiMo report; ppo_clip: clipped surrogate with clip-higher (DAPO)."""
     beta: float = 0.0
-    """Weight of the teacher log-ratio. 1 in MOPD, 0 in RL."""
+    """Weight of the teacher's term. 1 in MOPD, 0 in RL."""
+    signal: Signal = Signal.sampled
+    """What a teacher says of a token. sampled: its log-ratio on the token that was sampled; top_k: divergence over its
+    likeliest tokens, with the correction that keeps the minimum at the teacher; top_k_renorm: reverse KL of both
+    renormalised over these; full: reverse KL over the vocabulary, from the teacher's last hidden states."""
+    top_k: int = 64
+    """Tokens per position that top_k and top_k_renorm look at."""
     alpha: float = 1.0
     """Weight of the outcome (ORM) advantage. 1 in RL, 0 in MOPD."""
     advantage: Advantage = Advantage.grpo
@@ -345,7 +358,7 @@ class PolicyAlgorithm:
     ratio_truncate: float = 2.0
     """tis truncates pi/mu here."""
     teacher_clip: float = 5.0
-    """The teacher log-ratio is clipped to plus or minus this."""
+    """Signal sampled: the teacher log-ratio is clipped to plus or minus this."""
     clip_low: float = 0.2
     """PPO clip below: 1 - clip_low on pi/pi_old."""
     clip_high: float = 0.28
@@ -382,7 +395,13 @@ class PolicyAlgorithm:
             self.alpha,
             "alpha and beta are both 0: nothing would be learned",
         )
-        require_at_least(1, "algorithm", self, "steps", "updates_per_batch", "ratio_truncate")
+        require(
+            self.signal is Signal.sampled or self.beta != 0,
+            "algorithm.signal",
+            self.signal.value,
+            "it is the teacher's, whose weight algorithm.beta is 0; leave it at sampled, or give algorithm.beta=1",
+        )
+        require_at_least(1, "algorithm", self, "steps", "top_k", "updates_per_batch", "ratio_truncate")
         require_at_least(0, "algorithm", self, "max_off_policy_steps")
         require_above(0, "algorithm", self, "teacher_clip", "clip_low", "clip_high")
         for domain, share in self.target_shares.items():

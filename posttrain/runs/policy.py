@@ -53,7 +53,11 @@ def run_policy(
         teachers = None
         if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
             teachers = engines.teachers(
-                cfg.teacher_workers, cfg.model, {d: teacher_paths[d] for d in domains}
+                cfg.teacher_workers,
+                cfg.model,
+                {d: teacher_paths[d] for d in domains},
+                cfg.algorithm.signal.value,
+                cfg.algorithm.top_k,
             )
         learner, rollouts = (s.result() for s in starting)
 
@@ -63,6 +67,8 @@ def run_policy(
             learner.load_checkpoint(checkpoint.folder)
             scheduler.load_state(checkpoint.state["scheduler"])
             first_step = checkpoint.step + 1
+        if teachers is not None:
+            learner.set_heads(teachers.heads)
         with Tracker(
             folder.path, cfg.tracking, cfg.name, plain(cfg), cfg.algorithm.steps, first_step - 1, headline
         ) as tracker:
@@ -140,6 +146,8 @@ def loss_settings(algorithm: PolicyAlgorithm) -> LossSettings:
     return LossSettings(
         kind=algorithm.loss.value,
         beta=algorithm.beta,
+        signal=algorithm.signal.value,
+        top_k=algorithm.top_k,
         alpha=algorithm.alpha,
         correction=algorithm.correction.value,
         ratio_low=algorithm.ratio_low,

@@ -2,14 +2,15 @@
 
 L = - sum_t weight_t * c_t * min(r_t * A_t, clip(r_t, 1 - clip_low, 1 + clip_high) * A_t), r_t = pi / pi_old and
 c_t = sg of the correction on pi_old / mu. pi_old is the learner's policy before the first update on the batch, so the
-PPO clip measures movement of the policy and the correction measures the difference of the engines.
+PPO clip measures movement of the policy and the correction measures the difference of the engines. Signals other than
+``sampled`` add `divergence.py`, whose term is that of the policy as it is now: no ratio and no PPO clip on it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from posttrain.learner.losses import metrics
+from posttrain.learner.losses import divergence, metrics
 from posttrain.learner.losses.advantage import token_advantages
 from posttrain.learner.losses.base import LossInputs, LossOutput, mean, required
 from posttrain.learner.losses.correction import correction_weights
@@ -27,15 +28,17 @@ def loss(inputs: LossInputs, settings: LossSettings) -> LossOutput:
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages
     surrogate = torch.minimum(unclipped, clipped)
     stopped = (clipped < unclipped).detach()
+    teacher_loss, teacher_metrics = divergence.teacher_loss(inputs, touched, settings)
     mismatch, maxima = metrics.mismatch(inputs.policy_logprobs, inputs)
     active = inputs.weights != 0
     return LossOutput(
-        loss=-(inputs.weights * ratio_weights * surrogate).sum(),
+        loss=-(inputs.weights * ratio_weights * surrogate).sum() + teacher_loss,
         metrics={
             "clip/ratio_dropped": mean(touched, active),
             "clip/ppo": mean(stopped, active),
             **mismatch,
-            **metrics.teacher(inputs, settings.teacher_clip),
+            **metrics.teacher(inputs, settings),
+            **teacher_metrics,
             **metrics.entropy(inputs),
         },
         maxima=maxima,
