@@ -91,6 +91,13 @@ class Correction(StrEnum):
     off = "off"
 
 
+class Signal(StrEnum):
+    sampled = "sampled"
+    top_k = "top_k"
+    top_k_renorm = "top_k_renorm"
+    full = "full"
+
+
 class Overlong(StrEnum):
     mask = "mask"
     keep = "keep"
@@ -339,7 +346,13 @@ class PolicyAlgorithm:
     """policy_gradient: eq. 7 of the MiMo report; ppo_clip: clipped surrogate with clip-higher (DAPO); gspo: ratio of whole
     sequences; cispo: clipped weight, no token dropped (MiniMax-M1); reinforce: no ratio of the policy's movement."""
     beta: float = 0.0
-    """Weight of the teacher log-ratio. 1 in MOPD, 0 in RL."""
+    """Weight of the teacher's term. 1 in MOPD, 0 in RL."""
+    signal: Signal = Signal.sampled
+    """What a teacher says of a token. sampled: its log-ratio on the token that was sampled; top_k: divergence over its
+    likeliest tokens, with the correction that keeps the minimum at the teacher; top_k_renorm: reverse KL of both
+    renormalised over these; full: reverse KL over the vocabulary, from the teacher's last hidden states."""
+    top_k: int = 64
+    """Tokens per position that top_k and top_k_renorm look at."""
     alpha: float = 1.0
     """Weight of the outcome (ORM) advantage. 1 in RL, 0 in MOPD."""
     advantage: Advantage = Advantage.grpo
@@ -364,7 +377,7 @@ class PolicyAlgorithm:
     ratio_truncate: float = 2.0
     """tis truncates pi/mu here."""
     teacher_clip: float = 5.0
-    """The teacher log-ratio is clipped to plus or minus this."""
+    """Signal sampled: the teacher log-ratio is clipped to plus or minus this."""
     clip_low: float | None = None
     """PPO clip below: 1 - clip_low on pi/pi_old; null: that of the loss, 0.2 (ppo_clip), 3e-4 (gspo), 1 (cispo: no bound)."""
     clip_high: float | None = None
@@ -407,6 +420,12 @@ class PolicyAlgorithm:
             "alpha and beta are both 0: nothing would be learned",
         )
         require(
+            self.signal is Signal.sampled or self.beta != 0,
+            "algorithm.signal",
+            self.signal.value,
+            "it is the teacher's, whose weight algorithm.beta is 0; leave it at sampled, or give algorithm.beta=1",
+        )
+        require(
             not self.gap_following or self.aggregation is Aggregation.token_mean_balanced,
             "algorithm.gap_following",
             self.gap_following,
@@ -418,7 +437,7 @@ class PolicyAlgorithm:
             self.overlong.value,
             "it shapes the reward, which algorithm.alpha=0 does not use; choose mask or keep",
         )
-        require_at_least(1, "algorithm", self, "steps", "updates_per_batch", "ratio_truncate")
+        require_at_least(1, "algorithm", self, "steps", "top_k", "updates_per_batch", "ratio_truncate")
         require_at_least(1, "algorithm", self, "length_norm", "overlong_buffer")
         require_at_least(0, "algorithm", self, "max_off_policy_steps", "overlong_penalty")
         require_above(0, "algorithm", self, "teacher_clip", "clip_low", "clip_high")

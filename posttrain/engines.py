@@ -116,7 +116,14 @@ class Engines:
         self._rewards_key = (key, set(domains))
         return self._rewards
 
-    def teachers(self, cfg: TeacherWorkerConfig, model: ModelConfig, paths: dict[str, str]) -> TeacherPool:
+    def teachers(
+        self,
+        cfg: TeacherWorkerConfig,
+        model: ModelConfig,
+        paths: dict[str, str],
+        signal: str = "sampled",
+        top_k: int = 64,
+    ) -> TeacherPool:
         """Teacher workers that hold one frozen checkpoint per domain; ``paths`` may be empty to start them early."""
         from teachers.pool import TeacherPool
 
@@ -128,7 +135,7 @@ class Engines:
             self._teachers = TeacherPool.start(cfg, model)
             self._teachers_key = key
         if paths:
-            self._teachers.set_teachers(paths)
+            self._teachers.set_teachers(paths, signal, top_k)
         return self._teachers
 
     def shutdown(self) -> None:

@@ -9,6 +9,7 @@ Conventions that every room relies on:
 * ``routed_experts[t]`` holds the experts that token ``t`` was routed to when it was *consumed*, which is when
   token ``t + 1`` was predicted. The last token is never consumed, hence ``T - 1`` rows. Dense layers are not in it.
 * ``policy_versions[t]`` is the version of the weights that sampled token ``t``; -1 where nothing was sampled.
+* numpy has no bfloat16: teachers' hidden states and LM heads of that type are held as its bits, in uint16.
 """
 
 from __future__ import annotations
@@ -158,19 +159,23 @@ class RewardResult:
 
 @dataclass(kw_only=True, slots=True)
 class TeacherScores:
-    """A teacher's view of one rollout. Made by `teachers`, read by the learner. Never holds routes (invariant 1)."""
+    """A teacher's view of one rollout. Made by `teachers`, read by the learner. Never holds routes (invariant 1).
+
+    Everything but ``logprobs`` has one row for each of the N loss tokens, in their order: what a signal needs of the
+    distribution that predicts this token. LM heads are numbered; equal ones have one number.
+    """
 
     teacher: str
     logprobs: np.ndarray  # [T] float32, entry 0 is 0.0
-    topk_ids: np.ndarray | None = None  # [T, k] int32
-    topk_logprobs: np.ndarray | None = None  # [T, k] float32
-    hidden: np.ndarray | None = None  # [T, H]
-    head_id: int | None = None
+    topk_ids: np.ndarray | None = None  # [N, k] int32, likeliest first
+    topk_logprobs: np.ndarray | None = None  # [N, k] float32
+    hidden: np.ndarray | None = None  # [N, H], float32 or bfloat16 as uint16
+    head_id: int | None = None  # of the LM head that ``hidden`` belongs to
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainingSample:
-    """One sequence as the learner trains on it. All arrays [T].
+    """One sequence as the learner trains on it. All arrays [T], those of ``teacher_scores`` as they say.
 
     ``weights`` already holds every denominator (number of sequences, |y|, domain share), so the loss is a plain
     sum over tokens and cannot depend on how the batch was cut (invariant 5).
@@ -182,6 +187,7 @@ class TrainingSample:
     rollout_logprobs: np.ndarray | None = None
     policy_versions: np.ndarray | None = None
     teacher_logprobs: np.ndarray | None = None
+    teacher_scores: TeacherScores | None = None  # what signals other than ``sampled`` need
     orm_advantages: np.ndarray | None = None
     routed_experts: np.ndarray | None = None  # [T-1, L_moe, K]
     domain: str = ""
@@ -211,7 +217,9 @@ class LossSettings:
     """Everything a loss needs beside the streams. ``kind`` names a file in `posttrain.learner.losses`."""
 
     kind: str  # "sft" | "policy_gradient" | "ppo_clip" | "gspo" | "cispo" | "reinforce"
-    beta: float = 0.0  # weight of the teacher log-ratio
+    beta: float = 0.0  # weight of the teacher's term
+    signal: str = "sampled"  # "sampled" | "top_k" | "top_k_renorm" | "full"
+    top_k: int = 64
     alpha: float = 1.0  # weight of the outcome advantage
     correction: str = "icepop"  # "icepop" | "tis" | "off", on pi/mu
     ratio_low: float = 0.5

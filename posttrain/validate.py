@@ -18,12 +18,14 @@ from posttrain.config import (
     LearnerConfig,
     MOPDRun,
     PipelineRun,
+    PolicyAlgorithm,
     PolicyRun,
     Replay,
     RLRun,
     RolloutConfig,
     RunConfig,
     SFTRun,
+    Signal,
     TeacherTraining,
     UserError,
     require,
@@ -45,6 +47,7 @@ class ModelReport:
     num_parameters: int
     num_bytes: int
     num_experts: int  # 0: dense
+    vocab_size: int | None  # where config.json says so
     context: int | None  # tokens, where config.json says so
     has_expert_bias: bool
 
@@ -83,6 +86,8 @@ def validate(cfg: RunConfig) -> Report:
     _check_data(cfg, report)
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
         _check_targets(cfg, report)
+    for key, algorithm in _algorithms_of(cfg):
+        _check_teacher_term(key, algorithm, report.model, isinstance(cfg, RLRun) or key.startswith("rl."))
     if isinstance(cfg, MOPDRun | PipelineRun):
         report.teachers = _check_teachers(cfg, report)
     _check_step_eval(cfg)
@@ -104,6 +109,7 @@ def check_model(path: str, key: str = "model.path", revision: str | None = None)
         num_parameters=sum(_num_elements(entry) for entry in tensors.values()),
         num_bytes=sum(entry.end - entry.start for entry in tensors.values()),
         num_experts=int(experts),
+        vocab_size=text.get("vocab_size"),
         context=text.get("max_position_embeddings"),
         has_expert_bias=any(name.endswith(BIAS_ENDINGS) for name in tensors),
     )
@@ -165,6 +171,29 @@ def _check_policy_learner(
         "rollout.record_routes",
         rollout.record_routes.value,
         f"{key}.routing_replay=auto replays routes that nobody records; set {key}.routing_replay=off too",
+    )
+
+
+def _algorithms_of(cfg: RunConfig) -> list[tuple[str, PolicyAlgorithm]]:
+    if isinstance(cfg, PipelineRun):
+        return [("rl.algorithm", cfg.rl.algorithm), ("mopd.algorithm", cfg.mopd.algorithm)]
+    return [("algorithm", cfg.algorithm)] if isinstance(cfg, PolicyRun) else []
+
+
+def _check_teacher_term(key: str, algorithm: PolicyAlgorithm, model: ModelReport, is_rl: bool) -> None:
+    require(
+        not is_rl or algorithm.beta == 0,
+        f"{key}.beta",
+        algorithm.beta,
+        "RL has no teachers; give 0, or run `posttrain mopd`",
+    )
+    require(
+        algorithm.signal not in (Signal.top_k, Signal.top_k_renorm)
+        or model.vocab_size is None
+        or algorithm.top_k <= model.vocab_size,
+        f"{key}.top_k",
+        algorithm.top_k,
+        f"the vocabulary of {model.path} has {model.vocab_size} tokens; give at most that",
     )
 
 

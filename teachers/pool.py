@@ -31,6 +31,9 @@ class TeacherPool:
         self._keys: dict[str, str] = {}  # domain -> fingerprint
         self._folders: dict[str, str] = {}  # fingerprint -> folder that is loaded
         self._places: dict[str, list[int]] = {}  # fingerprint -> workers that hold it
+        self._signal, self._top_k = "sampled", 64
+        self._head_ids: dict[str, int] = {}  # fingerprint -> number of its LM head; signal full
+        self.heads: dict[int, ray.ObjectRef] = {}  # number -> reference to the LM head [V, H]
 
     @classmethod
     def start(cls, cfg: TeacherWorkerConfig, model: ModelConfig) -> TeacherPool:
@@ -44,11 +47,15 @@ class TeacherPool:
             pool._start_workers(cfg.num_gpus_per_worker or 0.0)
         return pool
 
-    def set_teachers(self, teachers: dict[str, str]) -> list[dict[str, Any]]:
+    def set_teachers(
+        self, teachers: dict[str, str], signal: str = "sampled", top_k: int = 64
+    ) -> list[dict[str, Any]]:
         """Make ``teachers`` (domain -> checkpoint directory) the teachers, loading new ones and freeing former ones.
 
-        Waits until all are loaded. Returns one row per worker for the events of the run. Raises `UserError` for
-        checkpoints that are not there or damaged.
+        ``signal`` and ``top_k`` (`algorithm.signal`, `algorithm.top_k`) decide what `score` gives; with ``full`` the
+        LM heads are in `heads`, equal ones once. Waits until all are loaded. Returns one row per worker for the
+        events of the run. Raises `UserError` for checkpoints that are not there or damaged, and for a signal that
+        a back end cannot give.
         """
         if not self._workers:
             spare = ray.available_resources().get("GPU", 0.0) >= self._cfg.num_workers
@@ -63,10 +70,26 @@ class TeacherPool:
             for i in range(len(self._workers))
         ]
         rows = ray.get(
-            [worker.set_teachers.remote(part) for worker, part in zip(self._workers, held, strict=True)]
+            [
+                worker.set_teachers.remote(part, signal)
+                for worker, part in zip(self._workers, held, strict=True)
+            ]
         )
         self._names, self._keys, self._folders, self._places = dict(teachers), keys, folders, places
+        self._signal, self._top_k = signal, top_k
+        self._number_heads([row.pop("heads", {}) for row in rows])
         return [{"worker": i, **row} for i, row in enumerate(rows)]
+
+    def _number_heads(self, held: list[dict[str, str]]) -> None:
+        """``held`` is fingerprint -> hash of the head, by worker. Fetches each head once."""
+        hashes = {key: digest for part in held for key, digest in part.items()}
+        numbers = {digest: number for number, digest in enumerate(sorted(set(hashes.values())))}
+        self._head_ids = {key: numbers[digest] for key, digest in hashes.items()}
+        sources = {number: key for key, number in self._head_ids.items()}
+        self.heads = {
+            number: self._workers[self._places[key][0]].head.remote(key, self._folders[key])
+            for number, key in sources.items()
+        }
 
     @property
     def domains(self) -> list[str]:
@@ -87,7 +110,13 @@ class TeacherPool:
         key = self._keys[domain]
         index = min(self._places[key], key=self._num_pending)
         ref = self._workers[index].score.remote(
-            key, self._folders[key], self._names[domain], list(group_refs)
+            key,
+            self._folders[key],
+            self._names[domain],
+            list(group_refs),
+            self._signal,
+            self._top_k,
+            self._head_ids.get(key),
         )
         self._pending[index].append(ref)
         return ref

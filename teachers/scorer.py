@@ -1,7 +1,7 @@
-"""One frozen checkpoint in this process: token log-probabilities by a prefill-only Transformers forward.
+"""One frozen checkpoint in this process: what it says of given tokens, by a prefill-only Transformers forward.
 
-Owns batching, padding and the chunked vocabulary softmax. The teacher always routes by itself: nothing here takes
-routes. Refuses checkpoints with absent weights, heads that do more than a matrix product, and non-finite scores.
+Owns batching, padding and the chunked vocabulary softmax. Gives every signal of `teachers.backend`. The teacher always
+routes by itself: nothing here takes routes. Refuses checkpoints with absent weights, heads that do more than a matrix product, and non-finite scores.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from posttrain.config import Dtype, ModelConfig, UserError
+from teachers.backend import TokenScores, as_array
 
 SOFTMAX_CHUNK_ELEMENTS = 2**26  # float32 logits that exist at once: 256 MiB
 PROBE_TOKENS = 16
@@ -21,7 +22,7 @@ class TeacherScoreError(RuntimeError):
 
 
 class Scorer:
-    """A frozen model that scores token sequences at temperature 1 over its full vocabulary."""
+    """A frozen model that scores token sequences at temperature 1 over its full vocabulary: a `teachers.backend.Backend`."""
 
     def __init__(self, path: str, model: ModelConfig, dtype: Dtype, device: str = "cpu") -> None:
         """Load ``path``. Attention, experts implementation and remote code follow ``model``; raises `UserError`
@@ -45,33 +46,47 @@ class Scorer:
             self.model.set_experts_implementation(model.experts_implementation)
         self.model.requires_grad_(False).eval().to(device)
         self.device = torch.device(device)
-        self.head = self.model.get_output_embeddings()
-        self.vocab_size = int(self.head.weight.shape[0])
+        self.lm_head = self.model.get_output_embeddings()
+        self.vocab_size = int(self.lm_head.weight.shape[0])
         self._check_head()
 
     def score(
-        self, token_ids: list[np.ndarray], max_tokens_per_batch: int, names: list[str] | None = None
-    ) -> list[np.ndarray]:
-        """log p(token t | tokens before t), one float32 array [T] per sequence, entry 0 is 0.0.
+        self,
+        token_ids: list[np.ndarray],
+        max_tokens_per_batch: int,
+        names: list[str] | None = None,
+        signal: str = "sampled",
+        top_k: int = 64,
+        masks: list[np.ndarray] | None = None,
+    ) -> list[TokenScores]:
+        """See `teachers.backend.Backend.score`.
 
         A batch holds sequences of like length, at most ``max_tokens_per_batch`` tokens with padding (a longer
-        sequence is a batch of its own). Raises `TeacherScoreError`, with the sequence's entry of ``names``, for a
-        score that is not finite.
+        sequence is a batch of its own).
         """
-        scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(token_ids)
+        scores = [TokenScores(logprobs=np.zeros(0, np.float32))] * len(token_ids)
         for batch in plan_batches([len(ids) for ids in token_ids], max_tokens_per_batch):
-            for index, logprobs in zip(batch, self._forward([token_ids[i] for i in batch]), strict=True):
-                if not np.isfinite(logprobs).all():
-                    position = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+            wanted = [np.ones(len(token_ids[i]), bool) if masks is None else masks[i] for i in batch]
+            scored = self._forward([token_ids[i] for i in batch], wanted, signal, top_k)
+            for index, score in zip(batch, scored, strict=True):
+                if not np.isfinite(score.logprobs).all():
+                    position = int(np.flatnonzero(~np.isfinite(score.logprobs))[0])
                     raise TeacherScoreError(
-                        f"teacher {self.path!r} gave {logprobs[position]} for token {position} of"
-                        f" {names[index] if names else index} ({len(logprobs)} tokens): its weights or its type are broken; the run stops"
+                        f"teacher {self.path!r} gave {score.logprobs[position]} for token {position} of"
+                        f" {names[index] if names else index} ({len(score.logprobs)} tokens): its weights or its type are broken; the run stops"
                     )
-                scores[index] = logprobs
+                scores[index] = score
         return scores
 
+    def head(self) -> torch.Tensor:
+        """[V, H], or [V, H + 1] with the bias as the last column, which meets a 1 in `TokenScores.hidden`."""
+        weight, bias = self.lm_head.weight, self.lm_head.bias
+        return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+
     @torch.no_grad()
-    def _forward(self, token_ids: list[np.ndarray]) -> list[np.ndarray]:
+    def _forward(
+        self, token_ids: list[np.ndarray], masks: list[np.ndarray], signal: str, top_k: int
+    ) -> list[TokenScores]:
         """Right padding under a causal mask: no real token sees padding, so no attention mask is needed and every
         architecture gives what it gives for the sequence alone."""
         lengths = [len(ids) for ids in token_ids]
@@ -88,20 +103,43 @@ class Scorer:
         for row, length in enumerate(lengths):
             predicts[row, : max(length - 1, 0)] = True
         targets_BT = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1)
-        flat = token_logprobs(hidden_BTH[predicts], targets_BT[predicts], self.head).cpu().numpy()
-        scores, start = [], 0
-        for length in lengths:
-            stop = start + max(length - 1, 0)
-            scores.append(np.concatenate([np.zeros(min(length, 1), np.float32), flat[start:stop]]))
-            start = stop
+        hidden_NH = hidden_BTH[predicts]
+        # The hidden state at t predicts the token at t + 1.
+        wanted_N = torch.from_numpy(np.concatenate([mask[1:] for mask in masks])).to(self.device)
+        columns = top_k if signal in ("top_k", "top_k_renorm") else 0
+        logprobs_N, topk_ids_MK, topk_logprobs_MK = token_logprobs(
+            hidden_NH, targets_BT[predicts], self.lm_head, wanted_N, columns
+        )
+        logprobs = logprobs_N.cpu().numpy()
+        topk_ids = topk_ids_MK.to(torch.int32).cpu().numpy() if columns else None
+        topk_logprobs = topk_logprobs_MK.cpu().numpy() if columns else None
+        hidden = as_array(self._head_input(hidden_NH[wanted_N])) if signal == "full" else None
+        scores, start, first = [], 0, 0
+        for length, mask in zip(lengths, masks, strict=True):
+            rows = np.flatnonzero(mask[1:]) + 1
+            own, start = slice(start, start + max(length - 1, 0)), start + max(length - 1, 0)
+            wanted, first = slice(first, first + len(rows)), first + len(rows)
+            scores.append(
+                TokenScores(
+                    logprobs=np.concatenate([np.zeros(min(length, 1), np.float32), logprobs[own]]),
+                    topk_ids=_spread(topk_ids, wanted, rows, length),
+                    topk_logprobs=_spread(topk_logprobs, wanted, rows, length),
+                    hidden=_spread(hidden, wanted, rows, length),
+                )
+            )
         return scores
+
+    def _head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.lm_head.bias is None:
+            return hidden
+        return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
 
     @torch.no_grad()
     def _check_head(self) -> None:
         """The chunked softmax applies the head itself; a model that scales or caps its logits would be misread."""
         probe = torch.arange(PROBE_TOKENS, device=self.device).remainder(self.vocab_size)[None]
         own = self.model(input_ids=probe, use_cache=False).logits.float()
-        ours = self.head(self.model.base_model(input_ids=probe, use_cache=False).last_hidden_state).float()
+        ours = self.lm_head(self.model.base_model(input_ids=probe, use_cache=False).last_hidden_state).float()
         if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise UserError(
                 f"teacher path={self.path!r}: {type(self.model).__name__} changes logits after its head (scale or cap),"
@@ -121,12 +159,37 @@ def plan_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def token_logprobs(hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
-    """log softmax(head(hidden))[target] in float32 [N], by chunks: the full [N, vocabulary] never exists."""
+def token_logprobs(
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: torch.nn.Module,
+    wanted_N: torch.Tensor,
+    top_k: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log softmax(head(hidden))[target] in float32 [N], by chunks: the full [N, vocabulary] never exists.
+
+    From the same logits ids and logprobs [M, top_k] of the likeliest tokens of the M rows where ``wanted_N`` holds.
+    """
     chunk = max(1, SOFTMAX_CHUNK_ELEMENTS // int(head.weight.shape[0]))
-    parts = [torch.zeros(0, device=hidden_NH.device)]
+    logprobs = [torch.zeros(0, device=hidden_NH.device)]
+    topk_logprobs = [torch.zeros(0, top_k, device=hidden_NH.device)]
+    topk_ids = [torch.zeros(0, top_k, dtype=torch.long, device=hidden_NH.device)]
     for start in range(0, len(targets_N), chunk):
-        logits = head(hidden_NH[start : start + chunk]).float()
-        chosen = logits.gather(-1, targets_N[start : start + chunk, None]).squeeze(-1)
-        parts.append(chosen - logits.logsumexp(-1))
-    return torch.cat(parts)
+        part = slice(start, start + chunk)
+        logits = head(hidden_NH[part]).float()
+        normalisers = logits.logsumexp(-1)
+        logprobs.append(logits.gather(-1, targets_N[part, None]).squeeze(-1) - normalisers)
+        if top_k:
+            likeliest = logits[wanted_N[part]].topk(top_k)
+            topk_logprobs.append(likeliest.values - normalisers[wanted_N[part], None])
+            topk_ids.append(likeliest.indices)
+    return torch.cat(logprobs), torch.cat(topk_ids), torch.cat(topk_logprobs)
+
+
+def _spread(values: np.ndarray | None, part: slice, rows: np.ndarray, length: int) -> np.ndarray | None:
+    """[length, ...] with ``values[part]`` at ``rows`` and 0 elsewhere."""
+    if values is None:
+        return None
+    spread = np.zeros((length, *values.shape[1:]), values.dtype)
+    spread[rows] = values[part]
+    return spread

@@ -39,6 +39,9 @@ class LearnerActor:
     def reset(self, learner: LearnerConfig, model: ModelConfig, total_steps: int, seed: int) -> PolicyInfo:
         return self._worker.reset(learner, model, total_steps, seed)
 
+    def set_heads(self, heads: dict[int, Any]) -> None:
+        self._worker.set_heads(heads)
+
     def train_step(self, batch: RankBatch, loss: LossSettings, step: int, updates: int) -> dict[str, float]:
         return self._worker.train_step(batch, loss, step, updates)
 

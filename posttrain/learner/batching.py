@@ -13,7 +13,7 @@ import numpy as np
 
 from posttrain.config import UserError
 from posttrain.data.packing import pack
-from posttrain.records import SampleRef, TrainingSample
+from posttrain.records import SampleRef, TeacherScores, TrainingSample
 
 MicroBatchRows = list[list[int]]
 """Rows of one micro-batch, each a list of sample indices in order; empty: a filler without weight."""
@@ -50,6 +50,9 @@ class MicroBatch:
     teacher_logprobs: np.ndarray | None  # [N] float32
     orm_advantages: np.ndarray | None  # [N] float32
     policy_versions: np.ndarray | None  # [N] int64
+    topk_ids: np.ndarray | None  # [N, k] int64
+    topk_logprobs: np.ndarray | None  # [N, k] float32
+    hidden: dict[int, tuple[np.ndarray, np.ndarray]]  # head_id -> indices [n] into N, teacher's states [n, H]
     names: list[str] = field(default_factory=list)  # of the documents, for messages
 
     @property
@@ -155,6 +158,7 @@ def collate(
         padding_from = 0 if packed else end
         position_ids[b, end:] = np.arange(padding_from, padding_from + width - end)
     masks = [samples[index].loss_mask for index in order]
+    scores = [samples[index].teacher_scores for index in order]
     return MicroBatch(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -172,6 +176,9 @@ def collate(
         teacher_logprobs=_stream([samples[i].teacher_logprobs for i in order], masks, np.float32),
         orm_advantages=_stream([samples[i].orm_advantages for i in order], masks, np.float32),
         policy_versions=_stream([samples[i].policy_versions for i in order], masks, np.int64),
+        topk_ids=_rows([None if s is None else s.topk_ids for s in scores], np.int64),
+        topk_logprobs=_rows([None if s is None else s.topk_logprobs for s in scores], np.float32),
+        hidden=_hidden(scores, [int(mask.sum()) for mask in masks]),
         names=[samples[i].name for i in order],
     )
 
@@ -187,6 +194,31 @@ def _stream(arrays: list[np.ndarray | None], masks: list[np.ndarray], dtype: typ
         return None
     assert len(present) == len(arrays), "a stream is there for some samples of the batch only"
     return _flat(present, masks, dtype)
+
+
+def _rows(arrays: list[np.ndarray | None], dtype: type) -> np.ndarray | None:
+    """Rows of all samples, which hold loss tokens only, or None when none has them."""
+    present = [array for array in arrays if array is not None]
+    if not present:
+        return None
+    assert len(present) == len(arrays), "rows are there for some samples of the batch only"
+    return np.concatenate(present).astype(dtype)
+
+
+def _hidden(
+    scores: list[TeacherScores | None], num_tokens: list[int]
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Teachers' hidden states by LM head, with the loss tokens that they belong to."""
+    parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    start = 0
+    for score, length in zip(scores, num_tokens, strict=True):
+        if score is not None and score.hidden is not None and score.head_id is not None:
+            parts.setdefault(score.head_id, []).append((np.arange(start, start + length), score.hidden))
+        start += length
+    return {
+        head: (np.concatenate([rows for rows, _ in part]), np.concatenate([states for _, states in part]))
+        for head, part in parts.items()
+    }
 
 
 def _filler(routes_shape: tuple[int, int] | None) -> MicroBatch:
@@ -208,4 +240,7 @@ def _filler(routes_shape: tuple[int, int] | None) -> MicroBatch:
         teacher_logprobs=streams,
         orm_advantages=streams,
         policy_versions=nothing,
+        topk_ids=np.zeros((0, 0), np.int64),
+        topk_logprobs=np.zeros((0, 0), np.float32),
+        hidden={},
     )

@@ -65,6 +65,12 @@ class LearnerGroup:
         self.learner = learner
         return self._info
 
+    def set_heads(self, heads: dict[int, Any]) -> None:
+        """References to the frozen LM heads [V, H] that the hidden states of `TeacherScores` belong to, by
+        ``head_id``, in place of the former ones; needed by the signal ``full``, forgotten by `reset`. Every rank
+        holds them whole. Raises `UserError` for one with fewer rows than the policy's vocabulary."""
+        self._call("set_heads", heads)
+
     def train_step(
         self, samples: Sequence[SampleRef], loss: LossSettings, step: int, updates: int = 1
     ) -> dict[str, float]:

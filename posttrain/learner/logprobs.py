@@ -13,9 +13,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[n, V] float32. The product is taken in the type of the model, as an engine does it."""
-    return F.linear(hidden, weight, bias).float()
+def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[n, V] float32 (float64 for a float64 model). The product is taken in the type of the model, as an engine does it."""
+    return F.linear(hidden, weight, bias).to(maths_dtype(hidden))
+
+
+def maths_dtype(hidden: Tensor) -> torch.dtype:
+    """Type of the vocabulary softmax."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+class HeadGradients:
+    """Gradients of hidden states, weight and bias of the LM head, from those of the logits, chunk by chunk.
+
+    ``needed`` are autograd's flags for the three. Weight and bias are summed in float32 whatever the model's type.
+    """
+
+    def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.inputs = hidden, weight, bias
+        self.hidden = torch.zeros_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=maths_dtype(weight)) if needed[1] else None
+        self.bias = None
+        if bias is not None and needed[2]:
+            self.bias = torch.zeros_like(bias, dtype=maths_dtype(bias))
+
+    def add(self, rows: slice | Tensor, grad: Tensor) -> None:
+        """``grad`` [n, V] is that of the logits of ``hidden[rows]``."""
+        hidden, weight, _ = self.inputs
+        grad_model = grad.to(hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = grad_model @ weight
+        if self.weight is not None:
+            self.weight += (grad_model.t() @ hidden[rows]).to(self.weight.dtype)
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three, in the types of what they belong to; None for those that are not needed."""
+        _, weight, bias = self.inputs
+        return (
+            self.hidden,
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -24,11 +64,11 @@ class _TargetLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, chunk_tokens: int
     ) -> Tensor:
         num_tokens = hidden.shape[0]
-        logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
+        logprobs = torch.empty(num_tokens, dtype=maths_dtype(hidden), device=hidden.device)
         normalisers = torch.empty_like(logprobs)
         for start in range(0, num_tokens, chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _chunk_logits(hidden[part], weight, bias)
+            logits = chunk_logits(hidden[part], weight, bias)
             normalisers[part] = torch.logsumexp(logits, dim=-1)
             logprobs[part] = logits.gather(1, target_ids[part, None])[:, 0] - normalisers[part]
         ctx.save_for_backward(hidden, weight, bias, target_ids, normalisers)
@@ -39,32 +79,16 @@ class _TargetLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_logprobs,) = grad_outputs
         hidden, weight, bias, target_ids, normalisers = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # Summed over chunks in float32 whatever the model's type.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        gradients = HeadGradients(ctx.needs_input_grad[:3], hidden, weight, bias)
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            logits = _chunk_logits(hidden[part], weight, bias)
+            logits = chunk_logits(hidden[part], weight, bias)
             # d logp / d logits = onehot - softmax, written into the logits' own memory.
             grad = logits.sub_(normalisers[part, None]).exp_().neg_()
             grad.scatter_add_(1, target_ids[part, None], torch.ones_like(grad[:, :1]))
             grad.mul_(grad_logprobs[part, None])
-            grad_model = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = grad_model @ weight
-            if grad_weight is not None:
-                grad_weight += (grad_model.t() @ hidden[part]).float()
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+            gradients.add(part, grad)
+        return (*gradients.result(), None, None)
 
 
 def target_logprobs(

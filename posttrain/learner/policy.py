@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.config import UserError
+from posttrain.learner.divergence import TeacherStates, gathered_logprobs, target_and_divergence
 from posttrain.learner.logprobs import target_logprobs
 
 HEAD_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -35,12 +36,19 @@ class Policy(nn.Module):
         self.one_row = "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, target_positions: Tensor, target_ids: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        target_positions: Tensor,
+        target_ids: Tensor,
+        teacher: TeacherStates | None = None,
     ) -> Tensor:
         """Logprobs [N] float32 at temperature 1.
 
         ``input_ids`` and ``position_ids`` are [B, T] int64; positions that start again divide documents.
         ``target_positions`` [N] are flat indices b * T + t of the tokens that predict ``target_ids`` [N].
+        ``target_ids`` may be [N, m], m ids at every position, and so is then the result. With ``teacher`` the result
+        is [N, 2]: the logprob of ``target_ids`` [N], and the reverse KL to that teacher over the vocabulary.
         """
         if self.one_row:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
@@ -48,12 +56,19 @@ class Policy(nn.Module):
             input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False
         )
         hidden = output.last_hidden_state.flatten(0, 1)[target_positions]
-        return self.model.get_output_embeddings()(hidden, target_ids)
+        return self.model.get_output_embeddings()(hidden, target_ids, teacher)
 
 
-def _logprob_forward(head: nn.Module, chunk_tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
-    def forward(hidden: Tensor, target_ids: Tensor) -> Tensor:
-        return target_logprobs(hidden, head.weight, head.bias, target_ids, chunk_tokens)  # type: ignore[arg-type]
+def _logprob_forward(
+    head: nn.Module, chunk_tokens: int
+) -> Callable[[Tensor, Tensor, TeacherStates | None], Tensor]:
+    def forward(hidden: Tensor, target_ids: Tensor, teacher: TeacherStates | None = None) -> Tensor:
+        weight: Any = head.weight
+        bias: Any = head.bias
+        if teacher is not None:
+            return target_and_divergence(hidden, weight, bias, target_ids, teacher, chunk_tokens)
+        logprobs = target_logprobs if target_ids.dim() == 1 else gathered_logprobs
+        return logprobs(hidden, weight, bias, target_ids, chunk_tokens)
 
     return forward
 

@@ -6,7 +6,7 @@ Nothing is padded with a guess: a record that lacks what training needs is an er
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ class Expected:
     num_experts: int
     rollout_logprobs: bool  # every loss but SFT
     teacher_logprobs: bool
+    signal: str = "sampled"  # what the teachers' term is formed from
+    top_k: int = 0
+    heads: dict[int, int] = field(default_factory=dict)  # hidden size of the teachers' LM heads by number
 
 
 def fetch(
@@ -80,6 +83,7 @@ def _resolve(
             rollout_logprobs=rollout.rollout_logprobs,
             policy_versions=rollout.policy_versions,
             teacher_logprobs=teacher_logprobs,
+            teacher_scores=scores,
             orm_advantages=np.full(num_tokens, ref.orm_advantage, np.float32),
             routed_experts=rollout.routed_experts,
             domain=ref.domain or rollout.domain,
@@ -94,6 +98,7 @@ def _resolve(
         rollout_logprobs=sample.rollout_logprobs,
         policy_versions=sample.policy_versions,
         teacher_logprobs=teacher_logprobs if teacher_logprobs is not None else sample.teacher_logprobs,
+        teacher_scores=scores if scores is not None else sample.teacher_scores,
         orm_advantages=(
             sample.orm_advantages
             if sample.orm_advantages is not None
@@ -123,6 +128,10 @@ def check(sample: TrainingSample, num_tokens: int, expected: Expected) -> None:
         name, "teacher_logprobs", sample.teacher_logprobs, sample.loss_mask, expected.teacher_logprobs
     )
     _check_stream(name, "orm_advantages", sample.orm_advantages, sample.loss_mask, False)
+    if expected.signal in ("top_k", "top_k_renorm"):
+        _check_topk(name, sample.teacher_scores, (int(sample.loss_mask.sum()), expected.top_k))
+    elif expected.signal == "full":
+        _check_hidden(name, sample.teacher_scores, int(sample.loss_mask.sum()), expected.heads)
     if expected.routes_shape is not None:
         _check_routes(name, sample.routed_experts, (length - 1, *expected.routes_shape), expected.num_experts)
 
@@ -136,6 +145,34 @@ def _check_stream(name: str, field: str, stream: np.ndarray | None, mask: np.nda
         raise RecordError(f"{name}: {field} has shape {stream.shape}, its tokens {mask.shape}")
     if not bool(np.isfinite(stream[mask]).all()):
         raise RecordError(f"{name}: {field} holds NaN or infinity at a loss token")
+
+
+def _check_topk(name: str, scores: TeacherScores | None, shape: tuple[int, int]) -> None:
+    for field_name in ("topk_ids", "topk_logprobs"):
+        rows = None if scores is None else getattr(scores, field_name)
+        found = None if rows is None else rows.shape
+        if found != shape:
+            raise RecordError(
+                f"{name}: {field_name} of its teacher has shape {found}, the loss needs {shape}"
+            )
+    assert scores is not None and scores.topk_ids is not None and scores.topk_logprobs is not None
+    if scores.topk_ids.size and int(scores.topk_ids.min()) < 0:
+        raise RecordError(f"{name}: topk_ids names token {int(scores.topk_ids.min())}")
+    if not bool(np.isfinite(scores.topk_logprobs).all()):
+        raise RecordError(f"{name}: topk_logprobs holds NaN or infinity")
+
+
+def _check_hidden(name: str, scores: TeacherScores | None, num_tokens: int, heads: dict[int, int]) -> None:
+    if scores is None or scores.hidden is None or scores.head_id not in heads:
+        raise RecordError(
+            f"{name}: hidden states of its teacher, or the LM head that turns them into logits, are missing, and the"
+            " loss needs them"
+        )
+    shape = (num_tokens, heads[scores.head_id])
+    if scores.hidden.shape != shape:
+        raise RecordError(
+            f"{name}: hidden states of its teacher have shape {scores.hidden.shape}, the loss needs {shape}"
+        )
 
 
 def _check_routes(name: str, routes: np.ndarray | None, shape: tuple[int, ...], num_experts: int) -> None:

@@ -47,6 +47,7 @@ class LearnerWorker:
         self.replay: RouterReplay | None
         self.num_zeros: NumZeros
         self._rejected: dict[str, str] = {}
+        self._heads: dict[int, Tensor] = {}
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -88,6 +89,7 @@ class LearnerWorker:
             del self.policy, self.replay, self.num_zeros
             engine.destroy(former)
             del former
+        self._heads = {}
         self.learner, self.model_config = learner, model_config
         self.total_steps, self.seed = total_steps, seed
         error: Exception | None = None
@@ -130,6 +132,18 @@ class LearnerWorker:
         )
 
     # ---- training ----
+
+    def set_heads(self, heads: dict[int, Any]) -> None:
+        """Frozen LM heads of teachers by number, see `LearnerGroup.set_heads`. Rows beyond the policy's vocabulary,
+        which pad a larger head, are left out: both softmaxes are over the same ids."""
+        self._heads = {}
+        for number, array in zip(heads, _get(list(heads.values())), strict=True):
+            if len(array) < self.vocab_size:
+                raise UserError(
+                    f"algorithm.signal='full': the LM head of a teacher has {len(array)} rows, the student's vocabulary"
+                    f" {self.vocab_size}; give a teacher with at least as many"
+                )
+            self._heads[number] = self._states(np.array(array[: self.vocab_size]))
 
     def train_step(self, batch: RankBatch, loss: LossSettings, step: int, updates: int) -> dict[str, float]:
         """``updates`` optimizer steps on one batch; metrics of the whole batch, the same on every rank. ``lr``,
@@ -177,8 +191,8 @@ class LearnerWorker:
         for index, (micro_batch, old_logprobs) in enumerate(zip(micro_batches, old, strict=True)):
             self.engine.set_gradient_accumulation_boundary(index == last)
             with self._routing(micro_batch, keep_scores=self._aux_coef(loss) > 0):
-                logprobs = self._forward(micro_batch)
-                inputs = self._loss_inputs(micro_batch, logprobs, old_logprobs, batch.domains)
+                scored = self._forward(micro_batch, loss)
+                inputs = self._loss_inputs(micro_batch, scored, old_logprobs, batch.domains, loss)
                 if watch is not None:
                     inputs.weights = inputs.weights * self._trusted(watch, micro_batch)
                 output = losses.compute(inputs, loss)
@@ -327,6 +341,9 @@ class LearnerWorker:
             num_experts=self.replay.num_experts if self.replay is not None else 0,
             rollout_logprobs=loss is not None and loss.kind != "sft",
             teacher_logprobs=loss is not None and loss.kind != "sft" and loss.beta != 0,
+            signal=_signal(loss),
+            top_k=loss.top_k if loss is not None else 0,
+            heads={number: head.shape[1] for number, head in self._heads.items()},
         )
 
     def _micro_batches(
@@ -366,12 +383,30 @@ class LearnerWorker:
             keep_scores=keep_scores,
         )
 
-    def _forward(self, micro_batch: MicroBatch) -> Tensor:
+    def _states(self, array: np.ndarray) -> Tensor:
+        """Hidden states or heads of a teacher, bfloat16 travels as uint16."""
+        tensor = torch.from_numpy(array)
+        return (tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor).to(self.device)
+
+    def _forward(self, micro_batch: MicroBatch, loss: LossSettings | None = None) -> Tensor:
+        """Logprobs [N] of the targets, as the first of several columns where the signal of ``loss`` needs more."""
+        targets, signal = self._tensor(micro_batch.target_ids), _signal(loss)
+        teacher = None
+        if signal in ("top_k", "top_k_renorm"):
+            assert micro_batch.topk_ids is not None
+            inside = self._tensor(micro_batch.topk_ids).clamp(max=self.vocab_size - 1)
+            targets = torch.cat([targets[:, None], inside], dim=1)
+        elif signal == "full":
+            teacher = [
+                (self._tensor(rows), self._states(states), self._heads[number])
+                for number, (rows, states) in micro_batch.hidden.items()
+            ]
         return self.engine(
             self._tensor(micro_batch.input_ids),
             self._tensor(micro_batch.position_ids),
             self._tensor(micro_batch.target_positions),
-            self._tensor(micro_batch.target_ids),
+            targets,
+            teacher,
         )
 
     def _score(self, micro_batch: MicroBatch) -> Tensor:
@@ -383,8 +418,21 @@ class LearnerWorker:
         return logprobs
 
     def _loss_inputs(
-        self, micro_batch: MicroBatch, logprobs: Tensor, old_logprobs: Tensor | None, domains: list[str]
+        self,
+        micro_batch: MicroBatch,
+        scored: Tensor,
+        old_logprobs: Tensor | None,
+        domains: list[str],
+        loss: LossSettings,
     ) -> LossInputs:
+        """``scored`` is what `_forward` gave."""
+        logprobs = scored if scored.dim() == 1 else scored[:, 0]
+        teacher_topk_logprobs = None
+        if _signal(loss) in ("top_k", "top_k_renorm"):
+            assert micro_batch.topk_ids is not None and micro_batch.topk_logprobs is not None
+            absent = self._tensor(micro_batch.topk_ids) >= self.vocab_size
+            teacher_topk_logprobs = self._tensor(micro_batch.topk_logprobs).masked_fill(absent, -torch.inf)
+
         def stream(array: np.ndarray | None) -> Tensor | None:
             return None if array is None else self._tensor(array)
 
@@ -396,6 +444,9 @@ class LearnerWorker:
             rollout_logprobs=stream(micro_batch.rollout_logprobs),
             old_logprobs=logprobs.detach() if old_logprobs is None else old_logprobs,
             teacher_logprobs=stream(micro_batch.teacher_logprobs),
+            policy_topk_logprobs=None if teacher_topk_logprobs is None else scored[:, 1:],
+            teacher_topk_logprobs=teacher_topk_logprobs,
+            teacher_kl=scored[:, 1] if _signal(loss) == "full" else None,
             orm_advantages=stream(micro_batch.orm_advantages),
             policy_versions=stream(micro_batch.policy_versions),
             sequence_ids=self._tensor(micro_batch.sequence_ids),
@@ -412,6 +463,11 @@ class LearnerWorker:
             num_samples,
             self.learner.aux_loss_coef,
         )
+
+
+def _signal(loss: LossSettings | None) -> str:
+    """What of the teachers the forward pass has to look at."""
+    return "sampled" if loss is None or loss.kind == "sft" or loss.beta == 0 else loss.signal
 
 
 def _get(references: list[Any]) -> list[Any]:

@@ -71,7 +71,11 @@ def run_policy(
         assert learner.info is not None  # it has its GPUs; the teachers get what is left
         if isinstance(cfg, MOPDRun) and needs_teachers:
             teachers = engines.teachers(
-                cfg.teacher_workers, cfg.model, {d: teacher_paths[d] for d in domains}
+                cfg.teacher_workers,
+                cfg.model,
+                {d: teacher_paths[d] for d in domains},
+                cfg.algorithm.signal.value,
+                cfg.algorithm.top_k,
             )
 
         # Where a former process of this run stopped.
@@ -81,6 +85,8 @@ def run_policy(
             scheduler.load_state(checkpoint.state["scheduler"])
             gaps = GapFollower(checkpoint.state.get("gaps"))
             first_step = checkpoint.step + 1
+        if teachers is not None:
+            learner.set_heads(teachers.heads)
         with Tracker(
             folder.path, cfg.tracking, cfg.name, plain(cfg), cfg.algorithm.steps, first_step - 1, headline
         ) as tracker:
@@ -197,6 +203,8 @@ def loss_settings(algorithm: PolicyAlgorithm) -> LossSettings:
     return LossSettings(
         kind=algorithm.loss.value,
         beta=algorithm.beta,
+        signal=algorithm.signal.value,
+        top_k=algorithm.top_k,
         alpha=algorithm.alpha,
         correction=algorithm.correction.value,
         ratio_low=algorithm.ratio_low,

@@ -6,7 +6,7 @@ One group of one rank and one of two are started; everything else is a reset of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from posttrain.config import Dtype, LearnerConfig, ModelConfig, RayConfig, Sched
 from posttrain.learner.errors import NonFiniteGradientError, RecordError
 from posttrain.learner.group import LearnerGroup
 from posttrain.learner.moe.replay import RouterReplay
-from posttrain.records import LossSettings, SampleRef, TrainingSample, WeightBundle
+from posttrain.records import LossSettings, SampleRef, TeacherScores, TrainingSample, WeightBundle
 from tests.metric_names import undocumented
 from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
 
@@ -125,27 +125,30 @@ def exported(group: LearnerGroup, dtype: Dtype = Dtype.float32) -> Tensors:
 BATCHES = [make_batch((1, 8), seed=0), make_batch((0, 7), seed=1)]
 
 
-@pytest.fixture(scope="module")
-def plain(
-    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+def plain_training(
+    path: Path,
+    folder: Path,
+    batches: list[list[TrainingSample]],
+    sample_loss: Callable[[int, TrainingSample, torch.Tensor], torch.Tensor],
 ) -> tuple[list[float], list[float], Tensors]:
-    """Losses, gradient norms and weights of the two steps in plain PyTorch: one document at a time, no DeepSpeed."""
-    model = AutoModelForCausalLM.from_pretrained(models["qwen3_moe"], dtype=torch.float32)
+    """Losses, gradient norms and weights in plain PyTorch: one document at a time, no DeepSpeed.
+
+    ``sample_loss`` gets index, sample and the logprobs [N, V] that predict its loss tokens."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     replay = RouterReplay.attach(model)
     assert replay is not None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.0)
     losses, norms = [], []
-    for batch in BATCHES:
+    for batch in batches:
         total = 0.0
-        for sample in batch:
+        for index, sample in enumerate(batch):
             ids = torch.from_numpy(sample.token_ids).long()[None]
             live = np.full((1, *sample.routed_experts.shape[1:]), -1)
             routes = torch.from_numpy(np.concatenate([sample.routed_experts.astype(np.int64), live]))[None]
             with replay.routes(routes):
                 logits = model(ids, use_cache=False).logits[0, :-1]
-                logprobs = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
-                chosen = logprobs[torch.from_numpy(sample.loss_mask[1:])]
-                loss = -(WEIGHT * float(sample.orm_advantages[0]) * chosen).sum()
+                logprobs = torch.log_softmax(logits, -1)[torch.from_numpy(sample.loss_mask[1:])]
+                loss = sample_loss(index, sample, logprobs)
                 loss.backward()
             total += float(loss.detach())
         losses.append(total)
@@ -153,9 +156,26 @@ def plain(
         optimizer.step()
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    folder = tmp_path_factory.mktemp("plain")
     model.save_pretrained(folder)
     return losses, norms, load_file(folder / "model.safetensors")
+
+
+def chosen(sample: TrainingSample, logprobs: torch.Tensor) -> torch.Tensor:
+    """[N] of the loss tokens."""
+    targets = torch.from_numpy(sample.token_ids[sample.loss_mask]).long()
+    return logprobs.gather(1, targets[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def plain(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], list[float], Tensors]:
+    """The two steps of `BATCHES`."""
+
+    def loss(index: int, sample: TrainingSample, logprobs: torch.Tensor) -> torch.Tensor:
+        return -(WEIGHT * float(sample.orm_advantages[0]) * chosen(sample, logprobs)).sum()
+
+    return plain_training(models["qwen3_moe"], tmp_path_factory.mktemp("plain"), BATCHES, loss)
 
 
 def train(
@@ -203,6 +223,112 @@ def test_numbers_do_not_depend_on_the_cut(
         torch.testing.assert_close(
             ours[name], expected, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+TOP_K = 12
+PADDING = 5  # rows of the teachers' heads beyond the student's vocabulary
+
+
+def teachers(batch: list[TrainingSample], vocab: int) -> tuple[list[TeacherScores], dict[int, np.ndarray]]:
+    """Scores by two teachers of other hidden sizes than the student's, and their heads."""
+    g = torch.Generator().manual_seed(0)
+    heads = {number: torch.randn(vocab + PADDING, width, generator=g) for number, width in ((0, 5), (4, 24))}
+    scores = []
+    for i, sample in enumerate(batch):
+        number = 4 if i % 3 else 0
+        head, mask = heads[number], torch.from_numpy(sample.loss_mask)
+        hidden = torch.randn(int(mask.sum()), head.shape[1], generator=g) / head.shape[1] ** 0.5
+        logprobs = (hidden @ head.T).log_softmax(-1)
+        top = logprobs.topk(TOP_K)
+        own = np.zeros(len(mask), np.float32)
+        own[sample.loss_mask] = chosen(sample, logprobs).numpy()
+        scores.append(
+            TeacherScores(
+                teacher="t",
+                logprobs=own,
+                topk_ids=top.indices.numpy().astype(np.int32),
+                topk_logprobs=top.values.numpy(),
+                hidden=hidden.numpy(),
+                head_id=number,
+            )
+        )
+    return scores, {number: head.numpy() for number, head in heads.items()}
+
+
+def divergences(
+    logprobs: torch.Tensor, scores: TeacherScores, heads: dict[int, np.ndarray], signal: str
+) -> torch.Tensor:
+    """[N] as the definitions say, one token at a time."""
+    vocab = logprobs.shape[1]
+    if signal == "full":
+        other = torch.from_numpy(scores.hidden @ heads[scores.head_id][:vocab].T).log_softmax(-1)
+        return (logprobs.exp() * (logprobs - other)).sum(-1)
+    rows = []
+    for own, ids, values in zip(logprobs, scores.topk_ids, scores.topk_logprobs, strict=True):
+        inside = ids < vocab
+        p, q = own[torch.from_numpy(ids[inside]).long()].exp(), torch.from_numpy(values[inside]).exp()
+        if signal == "top_k":
+            rows.append((p * (p / q).log() - p + q).sum())
+        else:
+            p, q = p / p.sum(), q / q.sum()
+            rows.append((p * (p / q).log()).sum())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("signal", ["top_k", "top_k_renorm", "full"])
+def test_signals_do_not_depend_on_the_cut(
+    signal: str, one: LearnerGroup, two: LearnerGroup, models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = ModelConfig(path=str(models["qwen3_moe"]))
+    batch = BATCHES[0]
+    vocab = one.info.vocab_size
+    scores, heads = teachers(batch, vocab)
+    assert any((score.topk_ids >= vocab).any() for score in scores)
+    settings = LossSettings(
+        kind="policy_gradient", beta=0.7, alpha=0.5, signal=signal, top_k=TOP_K, ratio_low=0.6
+    )
+    dropped, kls = [], []
+
+    def loss(index: int, sample: TrainingSample, logprobs: torch.Tensor) -> torch.Tensor:
+        target = chosen(sample, logprobs)
+        ratio = (target.detach() + 4.0).exp()
+        keep = (ratio >= 0.6).float()
+        kl = divergences(logprobs, scores[index], heads, signal)
+        dropped.extend((1 - keep).tolist())
+        kls.extend(kl.tolist())
+        outcome = 0.5 * float(sample.orm_advantages[0]) * ratio * target
+        return (WEIGHT * keep * (0.7 * kl - outcome)).sum()
+
+    losses, norms, weights = plain_training(models["qwen3_moe"], tmp_path / "plain", [batch], loss)
+    assert 0.05 < np.mean(dropped) < 0.95
+    refs = references(batch)
+    scores_ref = ray.put(scores)
+    for i, ref in enumerate(refs):
+        ref.teacher_ref, ref.teacher_index = scores_ref, i
+    head_refs = {number: ray.put(head) for number, head in heads.items()}
+    for num_ranks, group, options in (
+        (1, one, {"max_tokens_per_micro_batch": 30, "logprob_chunk_tokens": 3}),
+        (2, two, {"max_tokens_per_micro_batch": 80, "pack_tokens": 40, "zero_stage": 3}),
+    ):
+        group.reset(config(num_ranks=num_ranks, **options), model, 10, 0)
+        if signal == "full":
+            with pytest.raises(RecordError, match=r"^sample \d .*the LM head that turns them into logits"):
+                group.train_step(refs, settings, 1)
+            with pytest.raises(UserError, match=r"^algorithm\.signal='full': .* has 20 rows"):
+                group.set_heads({0: ray.put(heads[0][:20])})
+        group.set_heads(head_refs)
+        metrics = group.train_step(refs, settings, 1)
+        assert metrics["loss"] == pytest.approx(losses[0], abs=2e-5)
+        assert metrics["grad_norm"] == pytest.approx(norms[0], rel=1e-4)
+        assert metrics["clip/ratio_dropped"] == pytest.approx(np.mean(dropped))
+        assert metrics["teacher/kl"] == pytest.approx(np.mean(kls), rel=1e-4)
+        assert {"d0/teacher_kl", "d1/teacher_kl", "teacher/k3"} <= metrics.keys()
+        assert ("teacher/topk_mass" in metrics) == (signal != "full")
+        ours = exported(group)
+        for name, expected in weights.items():
+            torch.testing.assert_close(
+                ours[name], expected, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("kind", ["ppo_clip", "gspo"])

@@ -194,7 +194,7 @@ def test_pipeline_killed_in_every_stage_resumes(pipeline_inputs: Path, killed_in
     config = {
         "sft": {"algorithm": {"steps": 8}},
         "rl": {"algorithm": {"steps": 4}},
-        "mopd": {"algorithm": {"steps": 4, "prompts_per_step": 16}},
+        "mopd": {"algorithm": {"steps": 4, "prompts_per_step": 16, "signal": "full"}},
         "teachers": {
             "tool": {"steps": 4},
             "instruct": {"train": "none"},
@@ -215,6 +215,7 @@ def test_pipeline_killed_in_every_stage_resumes(pipeline_inputs: Path, killed_in
     assert {stage: steps(run / stage) for stage in expected} == {
         stage: list(range(1, n + 1)) for stage, n in expected.items()
     }
+    assert all(row["teacher/kl"] >= 0 for row in read_jsonl(run / "mopd/metrics.jsonl"))
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["accuracy"]) == {"sft", "teachers", "teachers_all", "mopd", "average_merge"}
     assert summary["num_eval"] == dict.fromkeys(summary["domains"], 16)

@@ -68,6 +68,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("teachers")
     paths = {"a": tiny_mimo(folder / "a", seed=1), "b": tiny_mimo(folder / "b", seed=2)}
     paths["a_again"] = tiny_mimo(folder / "a_again", seed=1)
+    paths["a_tuned"] = tiny_mimo(folder / "a_tuned", seed=1)  # other weights, the same head
+    weights = load_file(paths["a_tuned"] / "model.safetensors")
+    weights["model.norm.weight"] *= 1.1
+    save_file(weights, paths["a_tuned"] / "model.safetensors", metadata={"format": "pt"})
     paths["broken"] = tiny_mimo(folder / "broken", seed=1)
     weights = load_file(paths["broken"] / "model.safetensors")
     weights["model.norm.weight"][:] = torch.nan
@@ -77,7 +81,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def expect(path: str, groups: list[RolloutGroup]) -> list[np.ndarray]:
     ids = [rollout.token_ids for group in groups for rollout in group.rollouts]
-    return Scorer(path, ModelConfig(), Dtype.float32).score(ids, 100_000)
+    scores = Scorer(path, ModelConfig(), Dtype.float32).score(ids, 100_000)
+    return [score.logprobs for score in scores]
 
 
 @pytest.mark.integration
@@ -104,6 +109,26 @@ def test_pool(checkpoints: dict[str, str]) -> None:
 
     # Same text, two teachers: the right one answered.
     assert np.abs(expect(checkpoints["a"], groups)[0] - expect(checkpoints["b"], groups)[0]).max() > 0.1
+
+    # Signals: rows of loss tokens, each LM head once under its number.
+    pool.set_teachers(
+        {d: checkpoints[n] for d, n in (("math", "a"), ("code", "b"), ("chat", "a_tuned"))}, "full"
+    )
+    heads = {number: ray.get(ref) for number, ref in pool.heads.items()}
+    assert sorted(heads) == [0, 1]
+    numbers = {}
+    for domain, name in (("math", "a"), ("code", "b"), ("chat", "a_tuned")):
+        score = ray.get(pool.score(domain, refs))[1]
+        numbers[domain] = score.head_id
+        assert score.hidden.shape[0] == 3
+        logits = torch.from_numpy(score.hidden[1:] @ heads[score.head_id].T)
+        ids = torch.from_numpy(groups[0].rollouts[1].token_ids[1:]).long()[:, None]
+        own = logits.log_softmax(-1).gather(1, ids)[:, 0]
+        np.testing.assert_allclose(own, expect(checkpoints[name], groups)[1][1:], atol=2e-5)
+    assert numbers["math"] == numbers["chat"] != numbers["code"]
+    pool.set_teachers({"math": checkpoints["a"]}, "top_k", 7)
+    assert pool.heads == {} and ray.get(pool.score("math", refs))[2].topk_ids.shape == (55, 7)
+    rows = pool.set_teachers({"math": checkpoints["a"], "code": checkpoints["b"]})
 
     # A worker that dies is restarted and loads what it is asked for.
     os.kill(rows[0]["pid"], signal.SIGKILL)

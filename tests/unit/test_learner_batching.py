@@ -7,7 +7,7 @@ import pytest
 
 from posttrain.config import UserError
 from posttrain.learner.batching import collate, plan
-from posttrain.records import TrainingSample
+from posttrain.records import TeacherScores, TrainingSample
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(3, 60, 41)]
 
@@ -98,6 +98,7 @@ def test_filler_has_no_loss_token_and_every_stream() -> None:
     assert batch.input_ids.shape == (1, 2) and batch.routes is not None and (batch.routes == -1).all()
     assert len(batch.target_ids) == 0 and not batch.token_mask.any()
     assert batch.rollout_logprobs is not None and batch.teacher_logprobs is not None
+    assert batch.topk_ids is not None and batch.topk_ids.shape == (0, 0) and batch.hidden == {}
 
 
 def test_a_stream_of_some_samples_only_is_refused() -> None:
@@ -105,3 +106,35 @@ def test_a_stream_of_some_samples_only_is_refused() -> None:
     samples[1].rollout_logprobs = None
     with pytest.raises(AssertionError, match="some samples"):
         collate(samples, [[0], [1]], ["a", "b"])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_of_the_teachers_follow_their_tokens(packed: bool) -> None:
+    """Two LM heads of other hidden sizes in one micro-batch: every row finds the token it was made for."""
+    samples = {i: make(length, i) for i, length in ((4, 6), (7, 9), (9, 3))}
+    for index, sample in samples.items():
+        where = np.flatnonzero(sample.loss_mask)
+        marks = (100 * index + where)[:, None]
+        sample.teacher_scores = TeacherScores(
+            teacher="t",
+            logprobs=np.zeros(len(sample.token_ids), np.float32),
+            topk_ids=(marks + np.arange(2)).astype(np.int32),
+            topk_logprobs=-(marks + np.arange(2)).astype(np.float32),
+            hidden=np.repeat(marks, 5 if index == 9 else 2, axis=1).astype(np.float32),
+            head_id=1 if index == 9 else 0,
+        )
+    rows = [[7], [9, 4]] if packed else [[7], [9], [4]]
+    batch = collate(samples, rows, ["a", "b"], packed=packed)
+    expected = [100 * i + t for row in rows for i in row for t in np.flatnonzero(samples[i].loss_mask)]
+    assert batch.topk_ids is not None and batch.topk_logprobs is not None
+    assert batch.topk_ids.dtype == np.int64 and batch.topk_ids[:, 0].tolist() == expected
+    assert (batch.topk_logprobs == -batch.topk_ids).all()
+    assert sorted(batch.hidden) == [0, 1]
+    tokens = np.concatenate([tokens for tokens, _ in batch.hidden.values()])
+    assert sorted(tokens) == list(range(len(expected))), "every token once"
+    for head, (tokens, states) in batch.hidden.items():
+        assert states.shape == (len(tokens), 5 if head == 1 else 2)
+        assert states[:, 0].tolist() == [expected[i] for i in tokens]
+    samples[9].teacher_scores.topk_ids = None
+    with pytest.raises(AssertionError, match="some samples"):
+        collate(samples, rows, ["a", "b"], packed=packed)

@@ -142,3 +142,40 @@ def test_routes_are_not_asked_for_without_replay() -> None:
     _no_routes(group)
     refs = reference(group, None)
     assert fetch(refs, list, expected(routes_shape=None, teacher_logprobs=False))[5].routed_experts is None
+
+
+def scores_with(**columns: Any) -> list[TeacherScores]:
+    return [TeacherScores(teacher="t", logprobs=np.full(LENGTH, -1.0, np.float32), **columns)]
+
+
+def topk(num_tokens: int = 3, k: int = 2, token: int = 4, logprob: float = -1.0) -> dict[str, np.ndarray]:
+    return {
+        "topk_ids": np.full((num_tokens, k), token, np.int32),
+        "topk_logprobs": np.full((num_tokens, k), logprob, np.float32),
+    }
+
+
+@pytest.mark.parametrize("signal", ["top_k", "top_k_renorm", "full"])
+def test_signals_reach_the_sample(signal: str) -> None:
+    scores = scores_with(**topk(), hidden=np.zeros((3, 5), np.uint16), head_id=1)
+    sample = fetch(reference(make_group(), scores), list, expected(signal=signal, top_k=2, heads={1: 5}))[5]
+    assert sample.teacher_scores is scores[0]
+
+
+@pytest.mark.parametrize(
+    ("signal", "columns", "message"),
+    [
+        ("top_k", {}, r"topk_ids of its teacher has shape None, the loss needs \(3, 2\)"),
+        ("top_k", topk(num_tokens=6), r"topk_ids of its teacher has shape \(6, 2\), the loss needs \(3, 2\)"),
+        ("top_k_renorm", topk(k=3), r"topk_ids of its teacher has shape \(3, 3\)"),
+        ("top_k", topk(token=-1), "topk_ids names token -1"),
+        ("top_k", topk(logprob=np.nan), "topk_logprobs holds NaN"),
+        ("full", topk(), "hidden states of its teacher, or the LM head"),
+        ("full", {"hidden": np.zeros((3, 5), np.float32), "head_id": 2}, "hidden states of its teacher, or"),
+        ("full", {"hidden": np.zeros((3, 4), np.float32), "head_id": 1}, r"have shape \(3, 4\), the loss needs \(3, 5\)"),
+    ],
+)  # fmt: skip
+def test_bad_signals(signal: str, columns: dict[str, Any], message: str) -> None:
+    refs = reference(make_group(), scores_with(**columns))
+    with pytest.raises(RecordError, match=rf"^rollout r0: {message}"):
+        fetch(refs, list, expected(signal=signal, top_k=2, heads={1: 5}))

@@ -63,8 +63,62 @@ def test_batched_scores_equal_each_sequence_alone(
     token_ids = sequences(LENGTHS)
     scores = Scorer(str(path), ModelConfig(path=str(path)), Dtype.float32).score(token_ids, max_tokens)
     for ids, score in zip(token_ids, scores, strict=True):
-        assert score.dtype == np.float32 and score.shape == ids.shape and score[0] == 0.0
-        np.testing.assert_allclose(score, reference(path, ids), atol=2e-5)
+        logprobs = score.logprobs
+        assert logprobs.dtype == np.float32 and logprobs.shape == ids.shape and logprobs[0] == 0.0
+        assert score.topk_ids is None and score.topk_logprobs is None and score.hidden is None
+        np.testing.assert_allclose(logprobs, reference(path, ids), atol=2e-5)
+
+
+def all_logits(path: Path, token_ids: np.ndarray) -> torch.Tensor:
+    """[T, V] float64: entry t predicts token t; entry 0 is 0."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(token_ids).long()[None], use_cache=False).logits[0].double()
+    return torch.cat([torch.zeros_like(logits[:1]), logits[:-1]])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 200])
+def test_signals_speak_of_the_token_they_stand_at(
+    mimo: Path, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Top k and hidden states against the model's own logits; rows outside the mask are 0, chunks change nothing."""
+    scorer = Scorer(str(mimo), ModelConfig(), Dtype.float32)
+    monkeypatch.setattr(scorer_module, "SOFTMAX_CHUNK_ELEMENTS", 9 * scorer.vocab_size)
+    token_ids = sequences([3, 40, 1, 17])
+    rng = np.random.default_rng(1)
+    masks = [(rng.random(len(ids)) < 0.4) & (np.arange(len(ids)) > 0) for ids in token_ids]
+    masks[3][:] = False
+    sampled = scorer.score(token_ids, max_tokens)
+    top = scorer.score(token_ids, max_tokens, signal="top_k", top_k=6, masks=masks)
+    whole = scorer.score(token_ids, max_tokens, signal="top_k_renorm", top_k=6)
+    full = scorer.score(token_ids, max_tokens, signal="full", masks=masks)
+    for i, (ids, mask) in enumerate(zip(token_ids, masks, strict=True)):
+        logits = all_logits(mimo, ids)
+        expected = logits.log_softmax(-1).topk(6)
+        for scores, rows in ((top[i], mask), (whole[i], np.arange(len(ids)) > 0)):
+            np.testing.assert_array_equal(scores.logprobs, sampled[i].logprobs)
+            assert scores.topk_ids.dtype == np.int32 and scores.topk_logprobs.dtype == np.float32
+            assert scores.topk_ids.shape == scores.topk_logprobs.shape == (len(ids), 6)
+            np.testing.assert_array_equal(scores.topk_ids[rows], expected.indices[rows])
+            np.testing.assert_allclose(scores.topk_logprobs[rows], expected.values[rows], atol=2e-5)
+            assert not scores.topk_ids[~rows].any() and not scores.topk_logprobs[~rows].any()
+        hidden = torch.from_numpy(full[i].hidden)
+        assert hidden.dtype == torch.float32 and full[i].topk_ids is None
+        torch.testing.assert_close((hidden @ scorer.head().T)[mask].double(), logits[mask], atol=2e-5, rtol=0)
+        assert not hidden[~mask].any()
+
+
+def test_hidden_states_keep_the_type_and_the_bias_of_the_head(tmp_path: Path) -> None:
+    """bfloat16 travels as its bits; a head with a bias is one with a column more."""
+    scorer = Scorer(str(tiny_dense(tmp_path / "model")), ModelConfig(), Dtype.bfloat16)
+    scorer.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, scorer.vocab_size).bfloat16())
+    (scores,) = scorer.score(sequences([12]), 512, signal="full")
+    assert scores.hidden.dtype == np.uint16
+    hidden, head = torch.from_numpy(scores.hidden).view(torch.bfloat16), scorer.head()
+    assert head.dtype == torch.bfloat16 and head.shape == (scorer.vocab_size, hidden.shape[1])
+    logits = (hidden @ head.T).float().log_softmax(-1)
+    chosen = logits.gather(1, torch.from_numpy(sequences([12])[0]).long()[:, None])[1:, 0]
+    np.testing.assert_allclose(chosen, scores.logprobs[1:], atol=0.05)
 
 
 def test_chunks_of_the_softmax_change_nothing(qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +126,7 @@ def test_chunks_of_the_softmax_change_nothing(qwen3_moe: Path, monkeypatch: pyte
     whole = scorer.score(sequences(LENGTHS), 512)
     monkeypatch.setattr(scorer_module, "SOFTMAX_CHUNK_ELEMENTS", 7 * scorer.vocab_size)
     for one, other in zip(whole, scorer.score(sequences(LENGTHS), 512), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
 
 
 def test_softmax_never_holds_more_logits_than_the_chunk(
@@ -81,7 +135,7 @@ def test_softmax_never_holds_more_logits_than_the_chunk(
     scorer = Scorer(str(qwen3_moe), ModelConfig(), Dtype.float32)
     monkeypatch.setattr(scorer_module, "SOFTMAX_CHUNK_ELEMENTS", 5 * scorer.vocab_size)
     rows: list[int] = []
-    scorer.head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    scorer.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
     scorer.score(sequences([64, 64]), 512)
     assert max(rows) == 5 and sum(rows) == 2 * 63
 
@@ -90,7 +144,9 @@ def test_softmax_never_holds_more_logits_than_the_chunk(
 def test_types_and_dense_models(build: Callable[..., Path], tmp_path: Path) -> None:
     """bfloat16 scores are near float32 ones but not equal; a dense model loads with the default experts option."""
     path = str(build(tmp_path / "model"))
-    full, half = (Scorer(path, ModelConfig(), dtype).score(sequences([60]), 512)[0] for dtype in Dtype)
+    full, half = (
+        Scorer(path, ModelConfig(), dtype).score(sequences([60]), 512)[0].logprobs for dtype in Dtype
+    )
     assert half.dtype == np.float32
     assert 0 < np.abs(full - half).max() < 0.1
 
@@ -124,7 +180,7 @@ def test_nan_score_stops_with_the_name_of_the_sequence(tmp_path: Path) -> None:
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     scorer = Scorer(str(path), ModelConfig(), Dtype.float32)
     clean = scorer.score([np.array([1, 2, 3], np.int32)], 512)
-    assert np.isfinite(clean[0]).all()
+    assert np.isfinite(clean[0].logprobs).all()
     with pytest.raises(TeacherScoreError, match=r"gave nan for token [1-3] of second \(4 tokens\)"):
         scorer.score([np.array([1, 2], np.int32), np.array([1, 2, 7, 3], np.int32)], 512, ["first", "second"])
 
@@ -198,5 +254,46 @@ def test_worker_keeps_order_and_marks_failed_rollouts(
     expected = Scorer(path, ModelConfig(), Dtype.float32).score(ids, 64)
     assert [score.teacher for score in scores] == ["runs/teacher"] * 4
     for i in (0, 1, 3):
-        np.testing.assert_allclose(scores[i].logprobs, expected[i], atol=1e-5)
+        np.testing.assert_allclose(scores[i].logprobs, expected[i].logprobs, atol=1e-5)
     assert scores[2].logprobs.shape == (12,) and np.isnan(scores[2].logprobs).all()
+
+
+def test_worker_sends_rows_of_loss_tokens_alone(qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(qwen3_moe)
+    group = make_group(sequences([9, 30]), [RolloutStatus.completed, RolloutStatus.reward_error])
+    for turn in (rollout.turns[1] for rollout in group.rollouts):
+        turn.loss_mask[::2] = True
+    monkeypatch.setattr("teachers.worker.ray.get", lambda refs: refs)
+    worker = TeacherWorker(TeacherWorkerConfig(cores_per_worker=1), ModelConfig())
+    ids, mask = group.rollouts[0].token_ids, group.rollouts[0].loss_mask
+    assert mask.sum() == 4
+
+    scores = worker.score("key", path, "t", [group], "top_k", 5)
+    logits = all_logits(qwen3_moe, ids)
+    expected = logits.log_softmax(-1).topk(5)
+    np.testing.assert_array_equal(scores[0].topk_ids, expected.indices[mask])
+    np.testing.assert_allclose(scores[0].topk_logprobs, expected.values[mask], atol=2e-5)
+    assert scores[1].topk_ids is None and np.isnan(scores[1].logprobs).all()
+
+    row = worker.set_teachers({"key": path}, "full")
+    assert row["heads"].keys() == {"key"} and "heads" not in worker.set_teachers({"key": path})
+    head = torch.from_numpy(worker.head("key", path))
+    scores = worker.score("key", path, "t", [group], "full", 64, 3)
+    assert scores[0].head_id == 3 and scores[0].hidden.shape == (4, head.shape[1])
+    states = torch.from_numpy(scores[0].hidden)
+    torch.testing.assert_close((states @ head.T).double(), logits[mask], atol=2e-5, rtol=0)
+
+
+def test_a_back_end_without_a_head_refuses_full() -> None:
+    worker = TeacherWorker(TeacherWorkerConfig(cores_per_worker=1), ModelConfig())
+
+    class Headless:
+        path, vocab_size = "remote", 100
+
+        def head(self) -> None:
+            return None
+
+    worker.scorers["key"] = Headless()  # type: ignore[assignment]
+    assert worker.set_teachers({"key": "remote"}, "top_k")["paths"] == ["remote"]
+    with pytest.raises(UserError, match=r"^algorithm\.signal='full': the back end that scores with 'remote'"):
+        worker.set_teachers({"key": "remote"}, "full")

@@ -11,9 +11,9 @@ from posttrain.records import LossSettings
 
 def token_advantages(inputs: LossInputs, settings: LossSettings) -> Tensor:
     """Advantages [N] without gradient. The teacher term is formed against this very forward pass, so it is never
-    stale. A stream whose factor is 0 is not needed."""
+    stale; other signals than ``sampled`` have it in `divergence.py` instead. A stream whose factor is 0 is not needed."""
     advantages = torch.zeros_like(inputs.policy_logprobs, requires_grad=False)
-    if settings.beta != 0:
+    if settings.beta != 0 and settings.signal == "sampled":
         teacher_logprobs = required(
             inputs.teacher_logprobs, "teacher_logprobs (beta is not 0)", settings.kind
         )

@@ -17,9 +17,10 @@ Metric = tuple[Tensor, Tensor]
 
 @dataclass(kw_only=True, slots=True)
 class LossInputs:
-    """Streams over the N loss tokens of one micro-batch. All tensors [N]; N may be 0.
+    """Streams over the N loss tokens of one micro-batch. All tensors [N], where nothing else is said; N may be 0.
 
-    Made by the learner. ``policy_logprobs`` alone carries a gradient. ``domain_ids`` index ``domains``, which must be
+    Made by the learner. ``policy_logprobs`` carries a gradient, and with it ``policy_topk_logprobs`` and
+    ``teacher_kl``, one of which the signals other than ``sampled`` need. ``domain_ids`` index ``domains``, which must be
     the same list on every rank so that the metric names agree.
     """
 
@@ -30,6 +31,9 @@ class LossInputs:
     rollout_logprobs: Tensor | None = None  # log mu, None in SFT
     old_logprobs: Tensor | None = None  # log pi of the policy before the first update on this batch
     teacher_logprobs: Tensor | None = None
+    policy_topk_logprobs: Tensor | None = None  # [N, k], of the teacher's likeliest tokens
+    teacher_topk_logprobs: Tensor | None = None  # [N, k]; -inf: no token of the policy's vocabulary
+    teacher_kl: Tensor | None = None  # reverse KL over the vocabulary
     orm_advantages: Tensor | None = None
     policy_versions: Tensor | None = None  # int64
     sequence_ids: Tensor | None = None  # int64, equal within one rollout

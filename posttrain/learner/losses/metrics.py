@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.learner.losses.base import LossInputs, Metric, mean, mean_by_domain
+from posttrain.records import LossSettings
 
 RATIO_THRESHOLDS = (1.1, 1.25, 2.0)
 
@@ -71,20 +72,22 @@ def mismatch(policy_logprobs: Tensor, inputs: LossInputs) -> tuple[dict[str, Met
     return metrics, {"mismatch/max_abs": largest}
 
 
-def teacher(inputs: LossInputs, teacher_clip: float) -> dict[str, Metric]:
+def teacher(inputs: LossInputs, settings: LossSettings) -> dict[str, Metric]:
     """Distance to the teacher before its clip: k1 = mean(log pi - log pi_d), k3 with r = pi_d/pi, mean |log-ratio|.
 
-    Signed gaps average out while real ones persist, hence all three; ``clip/teacher`` is the share of clipped tokens.
+    Signed gaps average out while real ones persist, hence all three; ``clip/teacher`` is the share of clipped tokens,
+    for the signal ``sampled`` alone.
     """
     if inputs.teacher_logprobs is None:
         return {}
     active = inputs.weights != 0
     gap = (inputs.teacher_logprobs - inputs.policy_logprobs).detach()
+    clipped = share_and_domains("clip", "teacher", gap.abs() > settings.teacher_clip, inputs)
     return {
         "teacher/k1": mean(-gap, active),
         "teacher/k3": mean(k3(gap), active),
         "teacher/mean_abs": mean(gap.abs(), active),
-        **share_and_domains("clip", "teacher", gap.abs() > teacher_clip, inputs),
+        **(clipped if settings.signal == "sampled" else {}),
         **mean_by_domain("teacher_k1", -gap, active, inputs),
         **mean_by_domain("teacher_k3", k3(gap), active, inputs),
         **mean_by_domain("teacher_abs", gap.abs(), active, inputs),

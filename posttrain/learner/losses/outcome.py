@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from posttrain.learner.losses import metrics, policy_gradient
+from posttrain.learner.losses import divergence, metrics, policy_gradient
 from posttrain.learner.losses.advantage import token_advantages
 from posttrain.learner.losses.base import LossInputs, LossOutput, required
 from posttrain.learner.losses.correction import correction_weights
@@ -65,9 +65,13 @@ def finish(inputs: LossInputs, settings: LossSettings, outcome: Outcome, surroga
     """-sum of weight_t * c_t * surrogate_t, plus the teacher's term where beta is not 0."""
     weights = inputs.weights * outcome.correction
     loss, factors = -(weights * surrogate.value).sum(), weights * surrogate.slope
+    advantages, more = token_advantages(inputs, settings), {}
     if settings.beta != 0:
-        teacher, _ = policy_gradient.token_factors(inputs, replace(settings, alpha=0.0))
-        loss, factors = loss - (teacher * inputs.policy_logprobs).sum(), factors + teacher
+        teacher, touched = policy_gradient.token_factors(inputs, replace(settings, alpha=0.0))
+        term = divergence.teacher_term(inputs, touched, settings)  # signals other than sampled
+        loss = loss - (teacher * inputs.policy_logprobs).sum() + term.loss
+        factors = factors + teacher + term.factors
+        advantages, more = advantages + term.divergence, term.metrics
     mismatch, maxima = metrics.mismatch(inputs.policy_logprobs, inputs)
     clips = metrics.share_and_domains("clip", "ratio_dropped", outcome.touched, inputs)
     if surrogate.clipped is not None:
@@ -77,9 +81,10 @@ def finish(inputs: LossInputs, settings: LossSettings, outcome: Outcome, surroga
         metrics={
             **clips,
             **mismatch,
-            **metrics.teacher(inputs, settings.teacher_clip),
+            **metrics.teacher(inputs, settings),
+            **more,
             **metrics.entropy(inputs),
-            **metrics.balance(inputs, token_advantages(inputs, settings), factors),
+            **metrics.balance(inputs, advantages, factors),
         },
         maxima=maxima,
     )
