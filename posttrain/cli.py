@@ -194,7 +194,8 @@ def _command_help(command: str, topic: str | None) -> str:
 
     lines = [f"  {place}={'|'.join(options)}" for place, options in group_options(command).items()]
     text = TOPICS[command][topic] if topic else COMMANDS[command]
-    return text + "\nGroups:\n" + "\n".join(lines) + "\n\nEvery key: docs/configuration.md\n"
+    groups = ["", "Groups:", *lines] if lines else []
+    return "\n".join([text.rstrip("\n"), *groups, "", "Every key: docs/configuration.md"]) + "\n"
 
 
 def _version() -> str:

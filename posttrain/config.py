@@ -110,6 +110,11 @@ class TeacherTraining(StrEnum):
     none = "none"
 
 
+class MergeMethod(StrEnum):
+    average = "average"
+    task_arithmetic = "task_arithmetic"
+
+
 class WandbMode(StrEnum):
     offline = "offline"
     online = "online"
@@ -491,7 +496,8 @@ class TeacherConfig:
     path: str | None = None
     """Frozen checkpoint of this domain's teacher. In `pipeline`, null means: trained here, see train."""
     train: TeacherTraining = TeacherTraining.rl
-    """pipeline only: rl (from the SFT model), sft (on the domain's own data) or none (path, or the SFT model itself)."""
+    """pipeline only: rl (from the SFT model), sft (on the domain's own data) or none (path, or the SFT model itself). In
+    later rounds the former student takes the place of the SFT model."""
     steps: int | None = None
     """pipeline only: steps of this teacher; null: those of the stage."""
 
@@ -588,6 +594,30 @@ class EvalConfig(HeldOutConfig):
     def __post_init__(self) -> None:
         HeldOutConfig.__post_init__(self)
         require_at_least(1, "eval", self, "cross_num_prompts")
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleConfig:
+    num_samples: int = 1
+    """Samples a prompt."""
+    num_prompts: int | None = None
+    """The first prompts of every domain; null: all."""
+    temperature: float = 1.0
+    """Temperature; 0 is greedy."""
+    min_reward: float | None = None
+    """Rejection sampling: only samples with at least this reward are written. null: all."""
+    keep_truncated: bool = False
+    """Also write samples that hit a length limit; they have no end mark."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "sample", self, "num_samples", "num_prompts")
+        require_at_least(0, "sample", self, "temperature")
+        require(
+            self.temperature > 0 or self.num_samples == 1,
+            "sample.num_samples",
+            self.num_samples,
+            "greedy samples of one prompt are all the same; give 1, or a sample.temperature above 0",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -690,6 +720,8 @@ class MOPDRun(PolicyRun):
     """`posttrain mopd`"""
 
     name: str = "mopd"
+    domain: str | None = None
+    """Train on this domain's prompts only, with its teacher alone; null: all."""
     algorithm: PolicyAlgorithm = field(default_factory=mopd_algorithm)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Teacher of each domain: `teachers.math.path=DIR`."""
@@ -714,6 +746,9 @@ class PipelineRun(RunConfig):
     """`posttrain pipeline`: SFT, one teacher per domain, MOPD, evaluation, table."""
 
     name: str = "pipeline"
+    rounds: int = 1
+    """Rounds of teachers and MOPD. From the second on teachers and student start from the former round's student; their
+    folders are round2/teachers/DOMAIN and round2/mopd."""
     sft: SFTStage = field(default_factory=SFTStage)
     rl: PolicyStage = field(default_factory=PolicyStage)
     mopd: PolicyStage = field(default_factory=lambda: PolicyStage(algorithm=mopd_algorithm()))
@@ -732,6 +767,7 @@ class PipelineRun(RunConfig):
     def __post_init__(self) -> None:
         for stage in (self.rl, self.mopd):
             resolve_algorithm(stage.algorithm, self.rollout)
+        require(self.rounds >= 1, "rounds", self.rounds, "give 1 or more")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -746,6 +782,75 @@ class EvalRun(RunConfig):
     environments: dict[str, Any] = field(default_factory=dict)
     """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleRun(RunConfig):
+    """`posttrain sample`: rollouts of one checkpoint as rows for `posttrain sft`."""
+
+    name: str = "sample"
+    domain: str | None = None
+    """Sample this domain's prompts only; null: all."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
+    reward_workers: RewardWorkerConfig = field(default_factory=RewardWorkerConfig)
+    environments: dict[str, Any] = field(default_factory=dict)
+    """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class MergeRun(RunConfig):
+    """`posttrain merge`: one model out of several of one shape, without training."""
+
+    name: str = "merge"
+    method: MergeMethod = MergeMethod.average
+    """average: the mean of the models; task_arithmetic: base + coefficient * sum of (model - base) (arXiv:2212.04089)."""
+    models: list[str] = field(default_factory=list)
+    """Checkpoints of one architecture: `models=[runs/math/model,runs/code/model]`."""
+    base: str | None = None
+    """task_arithmetic: the checkpoint that the models were trained from."""
+    coefficient: float = 0.5
+    """task_arithmetic: weight of every difference."""
+    coefficients: list[float] = field(default_factory=list)
+    """task_arithmetic: one weight for each of `models`, in their order; empty: coefficient for all."""
+
+    def __post_init__(self) -> None:
+        arithmetic = self.method is MergeMethod.task_arithmetic
+        require(
+            not arithmetic or self.base is not None,
+            "base",
+            self.base,
+            "task arithmetic needs the checkpoint that the models were trained from; give base=DIR",
+        )
+        require(
+            arithmetic or self.base is None,
+            "base",
+            self.base,
+            "only method=task_arithmetic has a base; remove it",
+        )
+        require(
+            arithmetic or not self.coefficients,
+            "coefficients",
+            self.coefficients,
+            "only method=task_arithmetic weighs the models; remove it",
+        )
+        require(
+            not self.coefficients or len(self.coefficients) == len(self.models),
+            "coefficients",
+            self.coefficients,
+            f"give one for each of the {len(self.models)} models, or coefficient=NUMBER for all",
+        )
+
+    def sources(self) -> dict[str, str]:
+        """Config key -> checkpoint of everything that is read."""
+        base = {} if self.base is None else {"base": self.base}
+        return base | {f"models.{i}": path for i, path in enumerate(self.models)}
+
+    def weights(self) -> list[float]:
+        """Weight of every model's difference to the base."""
+        return list(self.coefficients) or [self.coefficient] * len(self.models)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -776,5 +881,7 @@ RUNS: dict[str, type[RunConfig]] = {
     "mopd": MOPDRun,
     "pipeline": PipelineRun,
     "eval": EvalRun,
+    "sample": SampleRun,
+    "merge": MergeRun,
     "doctor": DoctorRun,
 }

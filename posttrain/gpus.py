@@ -12,6 +12,7 @@ from posttrain.config import (
     PipelineRun,
     PolicyRun,
     RunConfig,
+    SampleRun,
     SFTRun,
     UserError,
 )
@@ -41,7 +42,7 @@ def gpus_of(cfg: RunConfig, available: int) -> dict[str, float]:
         use["learner"] = _gpus_of_learner(cfg.learner, some)
     if isinstance(cfg, PipelineRun):
         use["learner"] = max(_gpus_of_learner(s.learner, some) for s in (cfg.sft, cfg.rl, cfg.mopd))
-    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
+    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
         each = cfg.rollout.num_gpus_per_worker
         default = some * int(cfg.rollout.vllm.get("tensor_parallel_size", 1))
         use["rollout"] = cfg.rollout.num_workers * (default if each is None else each)

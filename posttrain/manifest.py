@@ -1,4 +1,4 @@
-"""What a run ran on: code revision, package versions, seed, fingerprints of the checkpoints it read.
+"""What a run ran on: code revision, package versions, seed, fingerprints and lineage of the checkpoints it read.
 
 Owns `manifest.json` and what may be written to disk of a configuration: values of keys that look secret, and values
 that equal a secret in the environment, are replaced by `<redacted>`.
@@ -33,8 +33,9 @@ SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$"
 REDACTED = "<redacted>"
 
 
-def build(command: str, seed: int, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """The manifest of a run that starts now. ``fingerprints`` maps config key -> sha256 of the checkpoint's tensors."""
+def build(command: str, seed: int, fingerprints: dict[str, str], lineage: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run that starts now. ``fingerprints`` maps config key -> sha256 of the checkpoint's tensors,
+    ``lineage`` is what `posttrain.lineage.collect` says of them."""
     return {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -44,6 +45,7 @@ def build(command: str, seed: int, fingerprints: dict[str, str]) -> dict[str, An
         "packages": package_versions(),
         "seed": seed,
         "fingerprints": fingerprints,
+        "lineage": lineage,
     }
 
 

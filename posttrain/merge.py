@@ -1,14 +1,16 @@
-"""Parameter average of checkpoints: the baseline that every distilled student has to beat.
+"""Merging of checkpoints without training: the baselines that every distilled student has to beat.
 
+`average` is the mean; `task_arithmetic` adds weighted differences to a common base (Ilharco et al., arXiv:2212.04089).
 Streams tensor by tensor over safetensors files: memory holds one output shard, whatever the number of checkpoints.
-Sums in float32 (float64 tensors in float64) and stores each tensor in its former type. Refuses checkpoints whose
-tensors differ in name, shape or type.
+Sums in float32 (float64 tensors in float64) and stores each tensor in its former type. An expert bias is merged as the
+router that it belongs to. Refuses checkpoints whose tensors differ in name or shape, and integer tensors that differ.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,55 +26,76 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 def average(paths: list[str], out: str) -> None:
     """Write the mean of the checkpoints ``paths`` to the new folder ``out``, with config and tokenizer of the first.
 
-    Types may differ: the mean is taken in float32 and has the type of the first. The folder appears whole or not at all. Raises `UserError` when names or shapes differ, when an integer
-    tensor differs, or when ``out`` is there already.
+    Types may differ: the mean is taken in float32 and has the type of the first. The folder appears whole or not at
+    all. Raises `UserError` when names or shapes differ, when an integer tensor differs, or when ``out`` is there already.
     """
-    from safetensors.torch import save_file
-
     if len(paths) < 1:
-        raise UserError("paths=[]: give at least one checkpoint directory")
-    target = Path(out)
-    if target.exists():
-        raise UserError(f"out={out!r}: is there already; remove it or choose another folder")
-    folders = [locate(path, "paths") for path in paths]
-    checkpoints = [read_tensors(folder, "paths") for folder in folders]
-    _check_equal_layout(paths, checkpoints)
-    read_config(folders[0], "paths")
-
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an average that was killed
-    partial.mkdir(parents=True)
-    for pattern in COPIED:
-        for file in folders[0].glob(pattern):
-            if file.name != INDEX_NAME:
-                shutil.copy2(file, partial / file.name)
-    shards = _shards(checkpoints[0])
-    for name, tensor_names in shards.items():
-        means = {
-            tensor: _mean(tensor, [checkpoint[tensor] for checkpoint in checkpoints])
-            for tensor in tensor_names
-        }
-        save_file(means, partial / name, metadata={"format": "pt"})
-    if (folders[0] / INDEX_NAME).exists():
-        _write_index(partial, checkpoints[0], shards)
-    partial.rename(target)
+        raise UserError("models=[]: give at least one checkpoint directory")
+    _merge({f"models.{i}": path for i, path in enumerate(paths)}, [1.0] * len(paths), len(paths), out)
 
 
-def _check_equal_layout(paths: list[str], checkpoints: list[dict[str, TensorEntry]]) -> None:
-    first = checkpoints[0]
-    for path, other in zip(paths[1:], checkpoints[1:], strict=True):
+def task_arithmetic(base: str, paths: list[str], coefficients: Sequence[float], out: str) -> None:
+    """Write base + sum of coefficient_i * (model_i - base) to the new folder ``out``, with layout, config, tokenizer and
+    types of ``base``. Errors as in `average`.
+
+    Computed as (1 - sum of coefficients) * base + sum of coefficient_i * model_i, so that one model with coefficient 1
+    comes out as it is, and the base with 0.
+    """
+    if len(paths) < 1:
+        raise UserError("models=[]: give at least one checkpoint directory")
+    sources = {"base": base} | {f"models.{i}": path for i, path in enumerate(paths)}
+    _merge(sources, [1.0 - sum(coefficients), *coefficients], 1, out)
+
+
+def check_layout(sources: dict[str, str]) -> list[dict[str, TensorEntry]]:
+    """Tensors of every checkpoint (config key -> path). Raises `UserError` naming the key when files are missing or
+    damaged, or when names or shapes are not those of the first."""
+    checkpoints = [read_tensors(locate(path, key), key) for key, path in sources.items()]
+    first_path, first = next(iter(sources.values())), checkpoints[0]
+    for (key, path), other in zip(sources.items(), checkpoints, strict=True):
         alone = sorted(set(first) ^ set(other))
         if alone:
             raise UserError(
-                f"paths={path!r}: {alone[0]!r} and {len(alone) - 1} other tensors are in only one of it and"
-                f" {paths[0]!r}; average checkpoints of one architecture"
+                f"{key}={path!r}: {alone[0]!r} and {len(alone) - 1} other tensors are in only one of it and"
+                f" {first_path!r}; merge checkpoints of one architecture"
             )
         for name, entry in first.items():
             if entry.shape != other[name].shape:
                 raise UserError(
-                    f"paths={path!r}: {name!r} is {list(other[name].shape)} there and"
-                    f" {list(entry.shape)} in {paths[0]!r}; average checkpoints of one architecture"
+                    f"{key}={path!r}: {name!r} is {list(other[name].shape)} there and"
+                    f" {list(entry.shape)} in {first_path!r}; merge checkpoints of one architecture"
                 )
+    return checkpoints
+
+
+def _merge(sources: dict[str, str], weights: list[float], divisor: int, out: str) -> None:
+    """Weighted sum over divisor, tensor by tensor."""
+    from safetensors.torch import save_file
+
+    target = Path(out)
+    if target.exists():
+        raise UserError(f"out={out!r}: is there already; remove it or choose another folder")
+    checkpoints = check_layout(sources)
+    first_key, first_path = next(iter(sources.items()))
+    folder = locate(first_path, first_key)
+    read_config(folder, first_key)
+
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a merge that was killed
+    partial.mkdir(parents=True)
+    for pattern in COPIED:
+        for file in folder.glob(pattern):
+            if file.name != INDEX_NAME:
+                shutil.copy2(file, partial / file.name)
+    shards = _shards(checkpoints[0])
+    for shard, names in shards.items():
+        merged = {
+            name: _weighted_sum(name, [c[name] for c in checkpoints], weights, divisor) for name in names
+        }
+        save_file(merged, partial / shard, metadata={"format": "pt"})
+    if (folder / INDEX_NAME).exists():
+        _write_index(partial, checkpoints[0], shards)
+    partial.rename(target)
 
 
 def _shards(tensors: dict[str, TensorEntry]) -> dict[str, list[str]]:
@@ -83,27 +106,27 @@ def _shards(tensors: dict[str, TensorEntry]) -> dict[str, list[str]]:
     return shards
 
 
-def _mean(name: str, entries: list[TensorEntry]) -> torch.Tensor:
+def _weighted_sum(name: str, entries: list[TensorEntry], weights: list[float], divisor: int) -> torch.Tensor:
     import torch
     from safetensors import safe_open
 
     total: torch.Tensor | None = None
     dtype = torch.float32
-    for entry in entries:
+    for entry, weight in zip(entries, weights, strict=True):
         with safe_open(entry.file, framework="pt") as file:
             tensor = file.get_tensor(name)
         if total is None:
             dtype = tensor.dtype
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            total = tensor.to(wide, copy=True) if tensor.is_floating_point() else tensor
-        elif tensor.is_floating_point():
-            total += tensor
+            total = tensor.to(wide) * weight if tensor.is_floating_point() else tensor
+        elif tensor.is_floating_point() and total.is_floating_point():
+            total.add_(tensor.to(total.dtype), alpha=weight)
         elif not torch.equal(total, tensor):
             raise UserError(
-                f"paths={str(entry.file.parent)!r}: integer tensor {name!r} differs; it has no average"
+                f"models={str(entry.file.parent)!r}: integer tensor {name!r} differs; such tensors cannot be merged"
             )
     assert total is not None
-    return (total / len(entries)).to(dtype) if total.is_floating_point() else total
+    return (total / divisor).to(dtype) if total.is_floating_point() else total
 
 
 def _write_index(folder: Path, tensors: dict[str, TensorEntry], shards: dict[str, list[str]]) -> None:

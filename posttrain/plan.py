@@ -18,6 +18,7 @@ from posttrain.config import (
     PolicyRun,
     RolloutConfig,
     RunConfig,
+    SampleRun,
     SFTRun,
 )
 from posttrain.gpus import gpus_of, num_gpus
@@ -50,7 +51,7 @@ def processes(cfg: RunConfig, num_parameters: int | None) -> list[Processes]:
         found.append(
             _row("learner", learner.num_ranks, cores, use.get("learner", 0), num_parameters, each * copies)
         )
-    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
+    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
         rollout: RolloutConfig = cfg.rollout
         each = BYTES[rollout.dtype] * rollout.num_workers
         found.append(
@@ -110,7 +111,8 @@ def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
         )
     for note in report.notes:
         console.print(f"note      {note}", soft_wrap=True, highlight=False)
-    console.print(process_table(cfg, model.num_parameters, "would start"))
+    if processes(cfg, None):
+        console.print(process_table(cfg, model.num_parameters, "would start"))
     console.print(f"dry run of `posttrain {command}`: everything checked, nothing started", highlight=False)
 
 

@@ -22,11 +22,13 @@ from typing import Any
 import yaml
 
 from posttrain import disk, manifest
-from posttrain.config import RUNS, PipelineRun, RunConfig, UserError
+from posttrain.config import RUNS, MergeRun, PipelineRun, RunConfig, UserError
+from posttrain.lineage import collect
 from posttrain.stages import check_steps
 
 # What makes a run the run it is: a change of these is another run, a change of anything else goes on.
-IDENTITY = ("model", "data", "sft_data", "domain", "teachers", "seed")
+IDENTITY = ("model", "data", "sft_data", "domain", "teachers", "seed", "sample")
+IDENTITY += ("method", "models", "base", "coefficient", "coefficients")
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "model", "finished.json")
 
 _locks: dict[Path, Any] = {}  # lock files of this process, by run folder
@@ -186,7 +188,8 @@ class RunFolder:
             return
         if changed:
             print(f"{self.path}: settings changed since it was last started: {changed}", flush=True)
-        now = manifest.build(command_of(cfg), cfg.seed, fingerprints)
+        lineage = collect({key: _value(cfg, key) for key in fingerprints}, fingerprints)
+        now = manifest.build(command_of(cfg), cfg.seed, fingerprints, lineage)
         text = f"# posttrain {command_of(cfg)} --config {self.path / 'config.yaml'}\n" + _yaml(cfg)
         disk.write_atomic(self.path / "config.yaml", text)
         self.write_json(
@@ -287,10 +290,7 @@ def _move_aside(path: Path, cfg: RunConfig) -> None:
 def _check_inputs(path: Path, cfg: RunConfig) -> None:
     """No run reads a model where it would write its own."""
     for key, value in _inputs(cfg).items():
-        if key.endswith("path") and (path / "model") in [
-            Path(value).absolute(),
-            *Path(value).absolute().parents,
-        ]:
+        if (path / "model") in [Path(value).absolute(), *Path(value).absolute().parents]:
             raise UserError(
                 f"{key}={value!r}: this run would write its own model there; choose another name="
             )
@@ -351,7 +351,9 @@ def _first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:
 
 def _inputs(cfg: RunConfig) -> dict[str, str]:
     """Every path that the run reads, by config key."""
-    found = {"model.path": cfg.model.path}
+    found = {"model.path": cfg.model.path} if cfg.model.path else {}
+    if isinstance(cfg, MergeRun):
+        found |= cfg.sources()
     for section in ("data", "sft_data"):
         data = getattr(cfg, section, None)
         if data is None:
@@ -372,7 +374,7 @@ def _value(cfg: RunConfig, key: str) -> str:
 def _fingerprints(cfg: RunConfig) -> dict[str, str]:
     from teachers.fingerprint import fingerprint
 
-    keys = {k: v for k, v in _inputs(cfg).items() if k == "model.path" or k.startswith("teachers.")}
+    keys = {k: v for k, v in _inputs(cfg).items() if not k.startswith(("data.", "sft_data."))}
     revisions = {"model.path": cfg.model.revision}
     return {key: fingerprint(path, key, revisions.get(key)) for key, path in keys.items()}
 

@@ -2,13 +2,13 @@
 
 Later stages are made from the models of earlier ones. Once a later stage has begun, an earlier one that trained on
 would overwrite the model under it, so other steps for it are refused at the start, before anything is written.
-MOPD is the last stage and may always go on.
+MOPD of the last round is the last stage and may always go on.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.config import PipelineRun, TeacherTraining, UserError
@@ -21,6 +21,11 @@ class Stage:
     folder: str  # below the pipeline's
     key: str  # that gives its steps
     steps: int
+
+
+def in_round(number: int, name: str) -> str:
+    """Name of a folder, a model or a time in round ``number`` (1-indexed): that of the first round is the plain one."""
+    return name if number == 1 else f"round{number}/{name}"
 
 
 def stages(cfg: PipelineRun) -> list[list[Stage]]:
@@ -36,7 +41,10 @@ def stages(cfg: PipelineRun) -> list[list[Stage]]:
             key, steps = f"teachers.{domain}.steps", teacher.steps
         teachers.append(Stage(folder=f"teachers/{domain}", key=key, steps=steps))
     mopd = Stage(folder="mopd", key="mopd.algorithm.steps", steps=cfg.mopd.algorithm.steps)
-    return [[sft], teachers, [mopd]]
+    groups = [[sft]]
+    for number in range(1, cfg.rounds + 1):
+        groups += [[replace(s, folder=in_round(number, s.folder)) for s in g] for g in (teachers, [mopd])]
+    return groups
 
 
 def check_steps(path: Path, cfg: PipelineRun) -> None:

@@ -10,6 +10,8 @@ posttrain: post-training for language models, Mixture-of-Experts first.
   posttrain mopd      distil one teacher per domain into one student
   posttrain pipeline  all of it: SFT, a teacher per domain, MOPD, a table of the result
   posttrain eval      accuracy of a checkpoint on held-out prompts
+  posttrain sample    answers of a checkpoint to prompts, as conversations for SFT
+  posttrain merge     one model out of several: their average, or task arithmetic
   posttrain doctor    what is installed, what a run would use, what is wrong
   posttrain doctor replay   whether routing replay works for a MoE checkpoint, in numbers
 
@@ -47,7 +49,7 @@ Examples:
 posttrain rl: reinforcement learning (GRPO) on the model's own answers, judged by a reward.
 
   model.path=DIR data.path=FILE    one prompt a row: {"messages": [...], "domain": "math", "answer": "42"}
-  domain=math                      train on this domain's prompts only
+  domain=math                      train on this domain's prompts only; without it on all of them (Mix-RL)
   rewards._target_=my_module.MyReward   a class with score(rollout) -> (reward, breakdown)
   rewards.math._target_=...        or one for each domain
   environments.tool._target_=... rollout.max_turns=4    answers from an environment, for tool use
@@ -66,6 +68,7 @@ prompt's domain scores every token of them.
   model.path=DIR                   the student
   data.path=FILE                   prompts of every domain, rows with "domain"
   teachers.math.path=DIR teachers.code.path=DIR   one teacher for each domain of the data
+  domain=math                      train on this domain's prompts only
   algorithm.steps=60 algorithm.prompts_per_step=128 learner.lr=1e-6
   algorithm.alpha=0.2 algorithm.group_size=8 rewards._target_=...   outcome reward beside the teachers' signal
   algorithm.aggregation=token_mean_balanced     every domain gets its share of the gradient, however short its answers
@@ -81,6 +84,7 @@ posttrain pipeline: SFT, one teacher per domain, MOPD, evaluation, and a table o
   data.path=FILE data.eval_path=FILE   prompts of every domain, and held-out ones
   teachers.math.train=rl|sft|none      how each domain's teacher is made; teachers.math.path=DIR gives one
   sft.* rl.* mopd.*                    algorithm and learner of each stage: rl.algorithm.steps=60 mopd.learner.lr=1e-6
+  rounds=2                             the student starts new teachers, which teach the next student
 
 Examples:
   posttrain pipeline experiment=tiny name=tiny-seed0    (after `make demo`, which writes its model and data)
@@ -94,6 +98,34 @@ posttrain eval: accuracy of one checkpoint on held-out prompts, sampled and gree
 
 Example:
   posttrain eval model.path=runs/first/model data.eval_path=heldout.jsonl rewards._target_=my_module.MyReward name=eval-first
+""",
+    "sample": """\
+posttrain sample: answers of one checkpoint to prompts, written as conversations that `posttrain sft` trains on token by
+token as they were sampled. With the teachers' answers that is off-policy distillation; with min_reward rejection sampling.
+
+  model.path=DIR data.path=FILE        one prompt a row, as for rl
+  domain=math                          this domain's prompts only
+  sample.num_samples=4 sample.num_prompts=1000 sample.temperature=1.0
+  rewards._target_=my_module.MyReward sample.min_reward=1    write only samples with this reward or more
+  name=sample-math                     the samples end up in runs/sample-math/samples.jsonl
+
+Examples:
+  posttrain sample model.path=runs/math/model data.path=prompts.jsonl domain=math name=sample-math
+  posttrain sft model.path=runs/first/model data.sources.math.path=runs/sample-math/samples.jsonl name=off-policy
+""",
+    "merge": """\
+posttrain merge: one model out of several checkpoints of one architecture, without training.
+
+  models=[DIR,DIR]                     what is merged
+  method=average                       their mean; or
+  method=task_arithmetic base=DIR coefficient=0.5    base + coefficient * sum of (model - base)
+  coefficients=[0.3,0.6]               one for each of the models, in place of coefficient
+  name=merge                           the run's folder; the model ends up in runs/merge/model
+
+Examples:
+  posttrain merge models=[runs/math/model,runs/code/model] name=average
+  posttrain merge method=task_arithmetic base=runs/first/model models=[runs/math/model,runs/code/model] coefficient=0.4
+  posttrain eval model.path=runs/merge/model data.eval_path=heldout.jsonl rewards._target_=my_module.MyReward
 """,
     "doctor": """\
 posttrain doctor: versions, devices, memory, disk, what each kind of run would use, and what is wrong. Exit code 1 if

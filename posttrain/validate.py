@@ -16,6 +16,7 @@ from posttrain.config import (
     DataConfig,
     EvalRun,
     LearnerConfig,
+    MergeRun,
     MOPDRun,
     PipelineRun,
     PolicyAlgorithm,
@@ -24,6 +25,7 @@ from posttrain.config import (
     RLRun,
     RolloutConfig,
     RunConfig,
+    SampleRun,
     SFTRun,
     Signal,
     TeacherTraining,
@@ -71,6 +73,8 @@ class Report:
 
 def validate(cfg: RunConfig) -> Report:
     """Check one run. Raises `UserError` for the first thing that cannot work."""
+    if isinstance(cfg, MergeRun):
+        return _check_merge(cfg)
     check_account(cfg.tracking)
     report = Report(model=check_model(cfg.model.path, revision=cfg.model.revision))
     if cfg.model.trust_remote_code:
@@ -80,11 +84,11 @@ def validate(cfg: RunConfig) -> Report:
         _check_learner(key, learner, report.model)
         if not _is_sft(key, cfg):
             _check_policy_learner(key, learner, cast(Any, cfg).rollout, report.model)
-    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
+    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
         check_context(cfg.rollout, report.model)
     _check_lengths(cfg)
     _check_data(cfg, report)
-    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun):
+    if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
         _check_targets(cfg, report)
     for key, algorithm in _algorithms_of(cfg):
         _check_teacher_term(key, algorithm, report.model, isinstance(cfg, RLRun) or key.startswith("rl."))
@@ -92,6 +96,20 @@ def validate(cfg: RunConfig) -> Report:
         report.teachers = _check_teachers(cfg, report)
     _check_step_eval(cfg)
     return report
+
+
+def _check_merge(cfg: MergeRun) -> Report:
+    from posttrain.merge import check_layout
+
+    require(not cfg.model.path, "model.path", cfg.model.path, "give what is merged as models=[DIR,DIR]")
+    require(
+        bool(cfg.models), "models", cfg.models, "give at least one checkpoint directory: models=[DIR,DIR]"
+    )
+    check_layout(cfg.sources())
+    key, first = next(iter(cfg.sources().items()))
+    weights = "" if cfg.base is None else f" with weights {cfg.weights()}"
+    note = f"{cfg.method.value} of {', '.join(cfg.models)}{weights}"
+    return Report(model=check_model(first, key), notes=[note])
 
 
 def check_model(path: str, key: str = "model.path", revision: str | None = None) -> ModelReport:
@@ -238,7 +256,7 @@ def _check_data(cfg: RunConfig, report: Report) -> None:
             report.num_conversations = _count(sample.domain for sample in samples)
             continue
         room = cast(Any, cfg).rollout.max_model_len - cast(Any, cfg).rollout.max_new_tokens
-        domain = cfg.domain if isinstance(cfg, RLRun) else None
+        domain = getattr(cfg, "domain", None)
         prompts = load_prompts(data, tokenizer, room, eval=held_out, domain=domain)
         _check_required_fields(cast(Any, cfg).rewards, prompts, data, tokenizer, room, held_out)
         if held_out:
@@ -358,7 +376,7 @@ def find_target(key: str, target: Any) -> Any:
     return getattr(module, attribute)
 
 
-def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun, report: Report) -> None:
+def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun | SampleRun, report: Report) -> None:
     from rewards.resolve import resolve
 
     domains = report.domains
@@ -369,7 +387,14 @@ def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun, report: Report) -> No
             cfg.algorithm.alpha,
             "an outcome advantage needs rewards; give rewards._target_=MODULE.CLASS, or algorithm.alpha=0",
         )
-    if cfg.rewards or not isinstance(cfg, MOPDRun):
+    if isinstance(cfg, SampleRun):
+        require(
+            cfg.sample.min_reward is None or bool(cfg.rewards),
+            "sample.min_reward",
+            cfg.sample.min_reward,
+            "nothing gives a reward; give rewards._target_=MODULE.CLASS, or sample.min_reward=null",
+        )
+    if cfg.rewards or not isinstance(cfg, MOPDRun | SampleRun):
         resolve(cfg.rewards, sorted({*domains, *report.num_eval_prompts}))
     for domain, entry in cfg.environments.items():
         if not isinstance(entry, dict) or "_target_" not in entry:
@@ -378,7 +403,7 @@ def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun, report: Report) -> No
             )
         find_target(f"environments.{domain}", entry["_target_"])
         known = {*domains, *report.num_eval_prompts}
-        if domain not in known and not (isinstance(cfg, RLRun) and cfg.domain):
+        if domain not in known and not getattr(cfg, "domain", None):
             raise UserError(
                 f"environments.{domain}: no prompt belongs to domain {domain!r}; there are {', '.join(domains)}"
             )
@@ -431,6 +456,7 @@ def _architecture(path: str, key: str, revision: str | None = None) -> dict[str,
 def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str, Any]]:
     paths = {domain: teacher.path for domain, teacher in cfg.teachers.items()}
     if isinstance(cfg, MOPDRun):
+        paths = {domain: path for domain, path in paths.items() if cfg.domain in (None, domain)}
         return (
             check_files(cfg.model.path, paths, report.num_prompts, cfg.model.revision)
             if cfg.algorithm.beta != 0

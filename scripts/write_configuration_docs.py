@@ -73,7 +73,7 @@ def _common_keys() -> set[str]:
 
 def _groups(command: str) -> str:
     shown = [f"`{place}=" + "\\|".join(options) + "`" for place, options in group_options(command).items()]
-    return f"Groups: {', '.join(shown)}\n\n"
+    return f"Groups: {', '.join(shown)}\n\n" if shown else ""
 
 
 def _table(keys: list[Key]) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +196,23 @@ WORLDS: dict[str, World] = {
     "tool": World(name="tool", sample=sample_tool, sft_share=3, tools=[_tool_schema(name) for name in TOOLS]),
     "instruct": World(name="instruct", sample=sample_instruct, sft_share=3),
 }
+
+
+def sample_long_math(rng: random.Random) -> Task:
+    """`sample_math` whose careful answer first says what it does: 60 tokens and more, 15 times an answer of instruct.
+
+    The sum is said again before the work, so that the digits to copy stand as near as in the short answer.
+    """
+    task = sample_math(rng)
+    work = f"add the units and then the tens of {task.prompt}{ANSWER_MARK}{task.careful[0]['content']}"
+    return replace(task, careful=_say(work))
+
+
+def worlds(long_math: bool = False) -> dict[str, World]:
+    """The four worlds; with ``long_math`` the answers of math are long, for measurements of what lengths do."""
+    if not long_math:
+        return WORLDS
+    return WORLDS | {"math": replace(WORLDS["math"], sample=sample_long_math)}
 
 
 # -- verifiers and environment ----------------------------------------------------------------------------------

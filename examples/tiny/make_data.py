@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.tiny.domains import WORLDS, Task, World, demonstrate
+from examples.tiny.domains import Task, World, demonstrate, worlds
 
 SFT = "sft.jsonl"
 SPLITS = ("prompts", "valid", "heldout")
@@ -92,12 +92,15 @@ def build(
     num_prompts: int = 2_000,
     num_valid: int = 300,
     num_heldout: int = 500,
+    long_math: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every file. ``num_sft`` is over all domains (shares as in `WORLDS`), the others are per domain."""
+    """Rows of every file. ``num_sft`` is over all domains (shares as in `WORLDS`), the others are per domain;
+    ``long_math`` as in `examples.tiny.domains.worlds`."""
     sizes = dict(zip(SPLITS, (num_prompts, num_valid, num_heldout), strict=True))
-    shares = sum(world.sft_share for world in WORLDS.values())
+    chosen = worlds(long_math)
+    shares = sum(world.sft_share for world in chosen.values())
     files: dict[str, list[dict[str, Any]]] = {SFT: []}
-    for world in WORLDS.values():
+    for world in chosen.values():
         rng = random.Random(f"{seed}/{world.name}")
         tasks = _fresh_tasks(world, rng)
         for split in reversed(SPLITS):
@@ -111,12 +114,12 @@ def build(
     return files
 
 
-def make(out_dir: str | Path, seed: int = 0, **sizes: int) -> dict[str, Path]:
-    """Write the corpus (`sizes` as in `build`) and return file name -> path. The same arguments give the same bytes."""
+def make(out_dir: str | Path, seed: int = 0, **options: int) -> dict[str, Path]:
+    """Write the corpus (`options` as in `build`) and return file name -> path. The same arguments give the same bytes."""
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     paths: dict[str, Path] = {}
-    for name, rows in build(seed, **sizes).items():
+    for name, rows in build(seed, **options).items():
         paths[name] = out / name
         paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return paths
@@ -131,6 +134,9 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=2_000, help="RL and MOPD prompts per domain")
     parser.add_argument("--num-valid", type=int, default=300, help="validation prompts per domain")
     parser.add_argument("--num-heldout", type=int, default=500, help="held-out prompts per domain")
+    parser.add_argument(
+        "--long-math", action="store_true", help="answers of math are 15 times as long as instruct's"
+    )
     arguments = vars(parser.parse_args())
     for name, path in make(**arguments).items():
         print(f"{path}  ({sum(1 for _ in path.open())} rows)", flush=True)

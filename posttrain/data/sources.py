@@ -1,8 +1,10 @@
 """Sources of a run -> `Prompt`s for RL, MOPD and evaluation, or `TrainingSample`s for SFT.
 
 Owns the row format: ``messages`` (OpenAI style), ``domain``, ``answer``, ``tools``, ``system``, ``reasoning``,
-``id``; every other field lands in `Prompt.metadata`. Refuses, with file, line and field: malformed messages, rows
-without what the verifier reads, prompts and conversations that are too long, ids that occur twice.
+``id``; every other field lands in `Prompt.metadata`. A conversation with ``token_ids``, as `posttrain sample` writes it,
+is trained on as it was sampled: its text is not tokenised again. Refuses, with file, line and field: malformed messages,
+rows without what the verifier reads, prompts and conversations that are too long, ids that occur twice, token ids of
+another tokenizer.
 """
 
 from __future__ import annotations
@@ -125,7 +127,8 @@ def load_conversations(
 ) -> list[TrainingSample]:
     """All conversations as SFT samples, loss on assistant tokens only, every weight 1.
 
-    Arguments and errors as in `load_prompts`; a row must end with an assistant message.
+    Arguments and errors as in `load_prompts`; a row must end with an assistant message, or hold ``token_ids``,
+    ``loss_mask`` and ``text`` of a sampled conversation.
     """
     loader = _Loader(data=data, eval=False, domain=domain)
     samples: list[TrainingSample] = []
@@ -133,15 +136,18 @@ def load_conversations(
 
     def check(row: Row, source: SourceConfig) -> _Parsed:
         parsed = _parse_row(row.values, source)
+        if "token_ids" in row.values:
+            parsed.sampled = _parse_sampled(row.values, tokenizer)
+            return parsed
         if parsed.messages[-1]["role"] != "assistant":
             raise RowError("messages", "a conversation to train on must end with an assistant message")
         _attach_reasoning(parsed.messages, row.values.get("reasoning"))
         return parsed
 
     def encode(batch: list[_Parsed]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return chat.mask_texts(
-            tokenizer, [_render_conversation(tokenizer, parsed, shown) for parsed in batch]
-        )
+        rendered = [_render_conversation(tokenizer, p, shown) for p in batch if p.sampled is None]
+        masked = iter(chat.mask_texts(tokenizer, rendered) if rendered else [])
+        return [next(masked) if parsed.sampled is None else parsed.sampled for parsed in batch]
 
     for _, row, parsed, (token_ids, loss_mask) in loader.load(check, encode):
         if len(token_ids) > max_tokens:
@@ -175,6 +181,7 @@ class _Parsed:
     domain: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    sampled: tuple[np.ndarray, np.ndarray] | None = None  # ids and loss mask that the row holds itself
 
 
 @dataclass(kw_only=True, slots=True)
@@ -281,6 +288,29 @@ def _parse_row(values: dict[str, Any], source: SourceConfig) -> _Parsed:
     elif isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)) or prompt_id == "":
         raise RowError("id", f"expected a string or an integer, found {prompt_id!r}")
     return _Parsed(prompt_id=str(prompt_id), domain=domain, messages=messages, tools=tools)
+
+
+def _parse_sampled(
+    values: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [T] int32 and loss mask [T] bool of a sampled conversation. The ids must spell the row's ``text``, so that
+    those of another tokenizer are not taken for words of this one."""
+    token_ids, mask = values["token_ids"], values.get("loss_mask")
+    if not isinstance(token_ids, list) or not token_ids or any(type(i) is not int for i in token_ids):
+        raise RowError("token_ids", "expected a non-empty list of integers")
+    if not isinstance(mask, list) or len(mask) != len(token_ids) or any(bit not in (0, 1) for bit in mask):
+        raise RowError("loss_mask", f"expected a 0 or 1 for each of the {len(token_ids)} token_ids")
+    if mask[0] or not any(mask):
+        raise RowError(
+            "loss_mask", "expected a 0 for the first token, which nothing precedes, and a 1 somewhere"
+        )
+    in_vocabulary = all(0 <= token_id < len(tokenizer) for token_id in token_ids)
+    if not in_vocabulary or tokenizer.decode(token_ids, skip_special_tokens=False) != values.get("text"):
+        raise RowError(
+            "token_ids",
+            "they do not spell the row's text with this model's tokenizer; sample with a model of the same vocabulary",
+        )
+    return np.array(token_ids, dtype=np.int32), np.array(mask, dtype=bool)
 
 
 def _parse_messages(values: dict[str, Any]) -> list[dict[str, Any]]:

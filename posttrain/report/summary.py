@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.report.bootstrap import Interval, normalised, standard_error
+from posttrain.stages import in_round
 
 SFT, MOPD, AVERAGE = "sft", "mopd", "average_merge"
 TEACHER_PREFIX = "teacher/"
@@ -28,13 +29,20 @@ class EvalScores:
 
 
 EvalTable = dict[str, dict[str, EvalScores]]
-"""Model name -> domain -> scores. Names: "sft", "mopd", "average_merge" and `teacher_name(domain)`; the cells of a
-teacher outside its own domain may hold fewer prompts than the others. "average_merge" may be absent."""
+"""Model name -> domain -> scores. Names: "sft", "mopd", "average_merge" and `teacher_name(domain)`, those of later rounds
+as `posttrain.stages.in_round` says; the cells of a teacher outside its own domain may hold fewer prompts than the others.
+"average_merge" may be absent."""
 
 
 def teacher_name(domain: str) -> str:
     """Name under which the teacher of ``domain`` stands in an `EvalTable`."""
     return TEACHER_PREFIX + domain
+
+
+def domain_of_teacher(name: str) -> str | None:
+    """The domain whose teacher, of whatever round, is called ``name``; None for other models."""
+    _, prefix, domain = name.rpartition(TEACHER_PREFIX)
+    return domain if prefix else None
 
 
 def build_summary(
@@ -44,7 +52,8 @@ def build_summary(
 
     ``wall_s``: stage -> seconds ("total" is added where it is absent). ``replay``: coverage, k3, k3_without,
     route_mismatch; None for a dense model. Accuracies are means in [0, 1]; an end of "ci" that is not finite, and a
-    normalised value of a domain whose teacher is not better than SFT, are null.
+    normalised value of a domain whose teacher is not better than SFT, are null. Where the table has a second round,
+    "rounds" holds teachers, student and the student's normalised values (1: the *first* round's teacher) of each.
     """
     domains = list(table[SFT])
     own = {domain: table[teacher_name(domain)][domain] for domain in domains}
@@ -60,6 +69,8 @@ def build_summary(
         name: _normalised(_sampled(table[SFT]), _sampled(own), _sampled(table[name]), seed)
         for name in students
     }
+    if in_round(2, MOPD) in table:
+        summary["rounds"] = _rounds(table, own, seed)
     total = wall_s.get("total", sum(wall_s.values()))
     summary["wall_s"] = {stage: round(float(s), 1) for stage, s in {**wall_s, "total": total}.items()}
     summary["replay"] = None if replay is None else {name: float(value) for name, value in replay.items()}
@@ -85,6 +96,25 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     os.replace(aside, path)
+
+
+def _rounds(table: EvalTable, own: dict[str, EvalScores], seed: int) -> list[dict[str, Any]]:
+    """One entry per round: accuracy of its teachers and its student, and how far the student is on the way to the first
+    round's teachers."""
+    rounds: list[dict[str, Any]] = []
+    while (student := in_round(len(rounds) + 1, MOPD)) in table:
+        number = len(rounds) + 1
+        teachers = {d: table[in_round(number, teacher_name(d))][d] for d in own}
+        rounds.append(
+            {
+                "teachers": {d: round(float(cell.sampled.mean()), 6) for d, cell in teachers.items()},
+                "mopd": {d: round(float(table[student][d].sampled.mean()), 6) for d in own},
+                "normalised": _normalised(
+                    _sampled(table[SFT]), _sampled(own), _sampled(table[student]), seed
+                ),
+            }
+        )
+    return rounds
 
 
 def _accuracy(table: EvalTable, *, greedy: bool) -> dict[str, Any]:

@@ -15,8 +15,12 @@ from posttrain.tracking.console import format_s
 def summary_table(summary: dict[str, Any]) -> Group:
     """Accuracy per domain, teachers against domains, replay and time: what `print_summary` shows."""
     parts: list[Any] = [_accuracy(summary), _teachers(summary)]
+    if "rounds" in summary:
+        parts.append(_rounds(summary))
     if summary["replay"]:
         parts.append(_replay(summary["replay"]))
+    if "lineage" in summary:
+        parts.append(_lineage(summary["lineage"]))
     stages = ", ".join(f"{stage} {format_s(s)}" for stage, s in summary["wall_s"].items() if stage != "total")
     parts.append(
         Text(f"time {format_s(summary['wall_s']['total'])} ({stages}), seed {summary['seed']}", style="dim")
@@ -73,6 +77,42 @@ def _teachers(summary: dict[str, Any]) -> Table:
         ]
         table.add_row(teacher, *row)
     return table
+
+
+def _rounds(summary: dict[str, Any]) -> Table:
+    table = Table(
+        title="Rounds, %",
+        caption="share: of the first round's teachers' gain",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("domain")
+    for number in range(1, len(summary["rounds"]) + 1):
+        for header in (f"teacher {number}", f"student {number}", "share"):
+            table.add_column(header, justify="right")
+    for domain in [*summary["domains"], "mean"]:
+        cells = []
+        for entry in summary["rounds"]:
+            for name in ("teachers", "mopd"):
+                values = entry[name]
+                cells.append(_percent(values.get(domain, sum(values.values()) / len(values))))
+            cells.append(_number(entry["normalised"][domain]))
+        table.add_row(domain, *cells)
+    return table
+
+
+def _lineage(entries: list[dict[str, Any]]) -> Text:
+    """One line per trained model, oldest first: `mopd: mopd of sft; teachers/code, teachers/math`."""
+    lines = ["what the student was made from:"]
+    for entry in entries:
+        parents = entry["trained_from"]
+        if entry["stage"] is None:
+            continue
+        others = sorted({name for key, name in parents.items() if key != "model.path"})
+        origin = "; ".join(filter(None, [parents.get("model.path", ""), ", ".join(others)]))
+        lines.append(f"  {entry['model']}: {entry['stage']} of {origin}")
+    return Text("\n".join(lines), style="dim")
 
 
 def _replay(replay: dict[str, float]) -> Text:

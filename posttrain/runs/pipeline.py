@@ -1,7 +1,8 @@
 """All three stages: SFT, one teacher per domain, MOPD, then the table that shows what the student took over.
 
 Every stage is an ordinary run in a folder of its own below the pipeline's, so a pipeline that was killed skips what
-is finished and resumes what is not. The processes live from the first stage to the last.
+is finished and resumes what is not. The processes live from the first stage to the last. With ``rounds`` above 1 the
+student starts the next round's teachers, and is their student (co-evolution).
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ from posttrain.config import MOPDRun, PipelineRun, RLRun, RunConfig, SFTRun, Tea
 from posttrain.data.sources import load_prompts
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
+from posttrain.lineage import ancestry
 from posttrain.merge import average
 from posttrain.records import Prompt
 from posttrain.report.picture import draw_summary
-from posttrain.report.summary import EvalScores, build_summary, standard_errors, teacher_name, write_summary
+from posttrain.report.summary import (
+    AVERAGE,
+    MOPD,
+    SFT,
+    EvalScores,
+    build_summary,
+    domain_of_teacher,
+    standard_errors,
+    teacher_name,
+    write_summary,
+)
 from posttrain.report.table import print_summary
 from posttrain.run_folder import RunFolder
 from posttrain.runs import evaluate, mopd, rl, sft
+from posttrain.stages import in_round
 from posttrain.tracking.jsonl import read_jsonl
 from teachers.checkpoint import locate, read_tensors
 from teachers.fingerprint import fingerprint
@@ -45,22 +58,27 @@ def run(cfg: PipelineRun) -> None:
         with stopwatch("start"):
             warm_up(engines, cfg, domains)
         with stopwatch("sft"):
-            sft_model = sft.run(sft_config(cfg), engines)
-        teachers: dict[str, str] = {}
-        for domain in domains:
-            with stopwatch(f"teacher_{domain}"):
-                teachers[domain] = teacher_model(cfg, domain, sft_model, engines)
-        with stopwatch("mopd"):
-            student = mopd.run(mopd_config(cfg, sft_model, teachers), engines)
-        with stopwatch("average_merge"):
-            merged = average_merge(folder, [teachers[d] for d in domains])
+            student = sft.run(sft_config(cfg), engines)
+        models = {SFT: student}
+        for number in range(1, cfg.rounds + 1):
+            teachers: dict[str, str] = {}
+            for domain in domains:
+                with stopwatch(in_round(number, f"teacher_{domain}")):
+                    teachers[domain] = teacher_model(cfg, domain, student, engines, number)
+            with stopwatch(in_round(number, "mopd")):
+                student = mopd.run(mopd_config(cfg, student, teachers, number), engines)
+            models[in_round(number, MOPD)] = student
+            if number == 1:
+                with stopwatch("average_merge"):
+                    merged = average_merge(folder, [teachers[d] for d in domains])
+                models |= {AVERAGE: merged} if merged else {}
+            models |= {in_round(number, teacher_name(d)): path for d, path in teachers.items()}
         with stopwatch("evaluate"):
-            models = {"sft": sft_model, "mopd": student} | ({"average_merge": merged} if merged else {})
-            models |= {teacher_name(d): path for d, path in teachers.items()}
             scores = evaluate_all(cfg, engines, folder, held_out, models)
 
     table = {name: as_cells(model) for name, model in scores.items()}
     summary = build_summary(table, stopwatch.seconds, folder.read_json("mopd/replay.json"), cfg.seed)
+    summary["lineage"] = ancestry(student, fingerprint(student), folder.path)
     write_summary(folder.path / "summary.json", summary)
     steps = read_jsonl(folder.path / "mopd" / "metrics.jsonl")
     draw_summary(folder.path / "summary.png", summary, steps, standard_errors(table))
@@ -101,16 +119,16 @@ def warm_up(engines: Engines, cfg: PipelineRun, domains: list[str]) -> None:
         engine.result()
 
 
-def teacher_model(cfg: PipelineRun, domain: str, sft_model: str, engines: Engines) -> str:
-    """The teacher of one domain: given, trained here, or the SFT model itself."""
+def teacher_model(cfg: PipelineRun, domain: str, start: str, engines: Engines, number: int = 1) -> str:
+    """The teacher of one domain in round ``number``: given, trained here from the model ``start``, or that itself."""
     teacher = cfg.teachers[domain]
     if teacher.path is not None:
         return teacher.path
     if teacher.train is TeacherTraining.none:
-        return sft_model
+        return start
     if teacher.train is TeacherTraining.sft:
-        return sft.run(teacher_sft_config(cfg, domain, sft_model), engines)
-    return rl.run(rl_config(cfg, domain, sft_model), engines)
+        return sft.run(teacher_sft_config(cfg, domain, start, number), engines)
+    return rl.run(rl_config(cfg, domain, start, number), engines)
 
 
 def shared(cfg: PipelineRun, stage: str, model_path: str) -> dict[str, Any]:
@@ -131,15 +149,17 @@ def sft_config(cfg: PipelineRun) -> SFTRun:
     )
 
 
-def teacher_sft_config(cfg: PipelineRun, domain: str, sft_model: str) -> SFTRun:
-    config = replace(sft_config(cfg), domain=domain, name=f"{cfg.name}/teachers/{domain}")
+def teacher_sft_config(cfg: PipelineRun, domain: str, start: str, number: int = 1) -> SFTRun:
+    config = replace(
+        sft_config(cfg), domain=domain, name=f"{cfg.name}/{in_round(number, f'teachers/{domain}')}"
+    )
     algorithm = replace(config.algorithm, steps=cfg.teachers[domain].steps or config.algorithm.steps)
-    return replace(config, model=replace(cfg.model, path=sft_model), algorithm=algorithm)
+    return replace(config, model=replace(cfg.model, path=start), algorithm=algorithm)
 
 
-def rl_config(cfg: PipelineRun, domain: str, sft_model: str) -> RLRun:
+def rl_config(cfg: PipelineRun, domain: str, start: str, number: int = 1) -> RLRun:
     return RLRun(
-        **shared(cfg, f"teachers/{domain}", sft_model),
+        **shared(cfg, in_round(number, f"teachers/{domain}"), start),
         domain=domain,
         algorithm=replace(cfg.rl.algorithm, steps=cfg.teachers[domain].steps or cfg.rl.algorithm.steps),
         learner=cfg.rl.learner,
@@ -151,9 +171,9 @@ def rl_config(cfg: PipelineRun, domain: str, sft_model: str) -> RLRun:
     )
 
 
-def mopd_config(cfg: PipelineRun, sft_model: str, teachers: dict[str, str]) -> MOPDRun:
+def mopd_config(cfg: PipelineRun, start: str, teachers: dict[str, str], number: int = 1) -> MOPDRun:
     return MOPDRun(
-        **shared(cfg, "mopd", sft_model),
+        **shared(cfg, in_round(number, "mopd"), start),
         algorithm=cfg.mopd.algorithm,
         learner=cfg.mopd.learner,
         eval=cfg.mopd.eval,
@@ -192,7 +212,7 @@ def evaluate_all(
     """Scores of every model, each kept on disk with what it was measured on, so that a changed model, prompt, reward
     or setting is measured again.
 
-    SFT, student and merge see every held-out prompt; a teacher sees all of its own domain and
+    SFT, students and merge see every held-out prompt; a teacher sees all of its own domain and
     ``eval.cross_num_prompts`` of the others.
     """
     rewards = engines.rewards(cfg.rewards, cfg.reward_workers, sorted(cfg.teachers))
@@ -200,9 +220,7 @@ def evaluate_all(
     scores = {}
     for version, (name, path) in enumerate(models.items()):
         prompts = {
-            d: p[: cfg.eval.cross_num_prompts]
-            if name.startswith("teacher") and name != teacher_name(d)
-            else p
+            d: p if domain_of_teacher(name) in (None, d) else p[: cfg.eval.cross_num_prompts]
             for d, p in held_out.items()
         }
         measured_on = {

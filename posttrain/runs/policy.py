@@ -135,9 +135,8 @@ def replay_report(steps: list[dict[str, float]]) -> dict[str, float] | None:
 
 
 def training_prompts(cfg: RLRun | MOPDRun, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Prompts of the run, of one domain where an RL run names one."""
-    domain = cfg.domain if isinstance(cfg, RLRun) else None
-    return load_prompts(cfg.data, tokenizer, max_prompt_tokens(cfg), domain=domain)
+    """Prompts of the run, of one domain where it names one."""
+    return load_prompts(cfg.data, tokenizer, max_prompt_tokens(cfg), domain=cfg.domain)
 
 
 def evaluation_prompts(cfg: RLRun | MOPDRun, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Prompt]]:

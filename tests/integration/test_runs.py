@@ -173,6 +173,47 @@ def test_outcome_beside_the_teachers_with_balanced_domains(user: Path) -> None:
     assert max(row["clip/ppo"] for row in rows) > 0, "the second update leaves the band of 3e-4"
 
 
+def test_answers_of_a_teacher_become_sft_data(user: Path) -> None:
+    """Off-policy distillation: the RL model's answers, the better ones, sampled and then trained on as they are."""
+    posttrain(
+        user, "sample", "model.path=runs/rl/model", "data.path=prompts.jsonl", "domain=math", "name=answers",
+        "rewards.math._target_=my_module.VowelReward", "sample.num_samples=4", "sample.num_prompts=40",
+        "sample.min_reward=0.1", "sample.keep_truncated=true", *ROLLOUT,
+    )  # fmt: skip
+    rows = read_jsonl(user / "runs/answers/samples.jsonl")
+    counts = json.loads((user / "runs/answers/summary.json").read_text())["domains"]["math"]
+    assert counts["prompts"] == 40 and counts["written"] == len(rows) > 20
+    assert counts["written"] + counts["rejected"] == 160 and min(row["reward"] for row in rows) >= 0.1
+    posttrain(
+        user, "sft", "model.path=runs/sft/model", "data.sources.math.path=runs/answers/samples.jsonl",
+        "name=off-policy", "algorithm.steps=12", "algorithm.batch_size=32", "learner.lr=1e-3",
+    )  # fmt: skip
+    losses = [row["loss"] for row in read_jsonl(user / "runs/off-policy/metrics.jsonl")]
+    assert sum(losses[-3:]) < sum(losses[:3]), losses
+    manifest = json.loads((user / "runs/off-policy/manifest.json").read_text())
+    stages = [entry["stage"] for entry in manifest["lineage"].values()]
+    assert stages == [None, "sft"], "the base, then the SFT model that this run starts from"
+
+
+@pytest.mark.slow
+def test_rl_on_all_domains_reports_each(user: Path) -> None:
+    """Mix-RL, and then MOPD of one domain of the same prompts."""
+    posttrain(
+        user, "rl", "model.path=runs/sft/model", "data.path=prompts.jsonl", "name=mix-rl", "algorithm.steps=2",
+        "rewards.math._target_=my_module.VowelReward", "rewards.code._target_=my_module.VowelReward",
+        "algorithm.prompts_per_step=8", "algorithm.group_size=4", "algorithm.overlong=keep", *ROLLOUT,
+    )  # fmt: skip
+    rows = read_jsonl(user / "runs/mix-rl/metrics.jsonl")
+    assert all({"reward/math", "reward/code", "length/math", "share/tokens/code"} <= set(row) for row in rows)
+    posttrain(
+        user, "mopd", "model.path=runs/sft/model", "data.path=prompts.jsonl", "name=one", "domain=math",
+        "teachers.math.path=runs/mix-rl/model", "algorithm.steps=2", "algorithm.prompts_per_step=8",
+        "algorithm.overlong=keep", "teacher_workers.max_initial_kl=4", *ROLLOUT,
+    )  # fmt: skip
+    rows = read_jsonl(user / "runs/one/metrics.jsonl")
+    assert [row["share/prompts/math"] for row in rows] == [1.0, 1.0] and "length/code" not in rows[0]
+
+
 @pytest.fixture
 def pipeline_inputs(tmp_path: Path) -> Path:
     from examples.tiny.make_data import make
@@ -222,3 +263,43 @@ def test_pipeline_killed_in_every_stage_resumes(pipeline_inputs: Path, killed_in
     assert summary["replay"]["coverage"] == 1.0
     assert (run / "summary.png").stat().st_size > 10_000
     assert "resuming after step" in (pipeline_inputs / "posttrain.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_second_round_starts_from_the_student(pipeline_inputs: Path) -> None:
+    """One round first; the same command with rounds=2 goes on, killed in the second round's teachers."""
+    config = {
+        "sft": {"algorithm": {"steps": 2}},
+        "rl": {"algorithm": {"steps": 4, "prompts_per_step": 8, "group_size": 4}},
+        "mopd": {"algorithm": {"steps": 2, "prompts_per_step": 16}},
+        "teachers": {"code": {"steps": 2}, "tool": {"train": "none"}, "instruct": {"train": "none"}},
+        "eval": {"num_samples": 2, "cross_num_prompts": 4},
+        "rollout": {"num_workers": 1},
+        "checkpoint": {"every_steps": 1},
+    }
+    (pipeline_inputs / "small.yaml").write_text(yaml.safe_dump(config))
+    command = ["pipeline", "experiment=tiny", "--config", "small.yaml"]
+    run = pipeline_inputs / "runs/tiny"
+    posttrain(pipeline_inputs, *command)
+    before = {
+        file: file.stat().st_mtime_ns
+        for stage in ("sft", "mopd")
+        for file in (run / stage / "model").iterdir()
+    }
+    assert not (run / "round2").exists() and "rounds" not in json.loads((run / "summary.json").read_text())
+    kill_in(pipeline_inputs, run / "round2/teachers/math", [*command, "rounds=2"])
+    posttrain(pipeline_inputs, *command, "rounds=2")
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "the first round was trained again"
+    expected = {"teachers/math": 4, "round2/teachers/math": 4, "round2/teachers/code": 2, "round2/mopd": 2}
+    assert {s: steps(run / s) for s in expected} == {s: list(range(1, n + 1)) for s, n in expected.items()}
+    started = {s: yaml.safe_load((run / s / "config.yaml").read_text()) for s in expected}
+    for stage in ("round2/teachers/math", "round2/teachers/code", "round2/mopd"):
+        assert started[stage]["model"]["path"] == str(run / "mopd/model")
+    assert started["round2/mopd"]["teachers"]["tool"]["path"] == str(run / "mopd/model")
+    summary = json.loads((run / "summary.json").read_text())
+    assert len(summary["rounds"]) == 2 and set(summary["accuracy"]["mopd"]) == set(summary["domains"])
+    made = {entry["model"]: entry["trained_from"] for entry in summary["lineage"]}
+    assert made["round2/mopd"]["teachers.math.path"] == "round2/teachers/math"
+    assert made["round2/teachers/math"] == {"model.path": "mopd"} and made["sft"] == {
+        "model.path": "inputs/model"
+    }

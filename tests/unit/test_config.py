@@ -183,7 +183,8 @@ def test_one_line_names_key_value_and_way_out(command, override, expected):
         ("eval", "rollout.num_gpus_per_worker=-1.0 rollout.cores_per_worker=0"),
         ("mopd", "teacher_workers.num_workers=0 teacher_workers.max_initial_kl=0.0"),
         ("mopd", "teacher_workers.max_tokens_per_batch=0 teacher_workers.cores_per_worker=0"),
-        ("pipeline", "rl.algorithm.updates_per_batch=0 mopd.learner.eps=0.0 sft.algorithm.steps=0"),
+        ("pipeline", "rl.algorithm.updates_per_batch=0 mopd.learner.eps=0.0 sft.algorithm.steps=0 rounds=0"),
+        ("sample", "sample.num_samples=0 sample.num_prompts=0 sample.temperature=-0.5"),
     ],
 )
 def test_numbers_that_cannot_work(command, overrides):
@@ -208,6 +209,12 @@ def test_numbers_on_the_edge_of_what_works():
 def test_ranks_do_not_share_a_gpu():
     found = message("rl", "learner.num_gpus_per_rank=0.5", "learner.num_ranks=2")
     assert found.startswith("learner.num_gpus_per_rank=0.5: learner.num_ranks=2 ranks cannot share a GPU")
+
+
+def test_greedy_samples_are_all_the_same():
+    found = message("sample", "sample.temperature=0", "sample.num_samples=4")
+    assert found.startswith("sample.num_samples=4: greedy samples of one prompt are all the same; give 1")
+    assert build("sample", "sample.temperature=0").sample.num_samples == 1
 
 
 def test_steps_of_a_teacher():

@@ -1,4 +1,4 @@
-"""Parameter average: float32 sums, the layout of the first checkpoint, whole or not at all."""
+"""Merges: float32 sums, the layout of the first checkpoint (or the base), whole or not at all; `posttrain merge`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from posttrain import run_folder
+from posttrain.cli import main
 from posttrain.config import UserError
-from posttrain.merge import average
+from posttrain.merge import average, task_arithmetic
 from teachers.checkpoint import INDEX_NAME
 from tests.tiny_models import tiny_mimo
 
@@ -122,7 +124,7 @@ def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "x", {"a": torch.zeros(3)})
     with pytest.raises(UserError, match=r"^out=.*is there already"):
         average([path], path)
-    with pytest.raises(UserError, match=r"^paths=\[\]"):
+    with pytest.raises(UserError, match=r"^models=\[\]"):
         average([], str(tmp_path / "out"))
 
 
@@ -132,3 +134,121 @@ def test_left_over_of_a_killed_average_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "out.partial" / "junk.safetensors").write_text("half")
     average([path], str(tmp_path / "out"))
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def values(folder: Path) -> Tensors:
+    return load_file(folder / "model.safetensors")
+
+
+def test_task_arithmetic_by_hand(tmp_path: Path) -> None:
+    """base 1, models 3 and -1: 1 + 0.5 * 2 + 0.25 * (-2) = 1.5. An expert bias is merged like its router, integers stay."""
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+    def tensors(w: float, b: float) -> Tensors:
+        return {"w": torch.full((2, 2), w), bias: torch.tensor([b]), "n": torch.tensor([7])}
+
+    base = checkpoint(tmp_path / "base", tensors(1.0, 0.0))
+    models = [checkpoint(tmp_path / "x", tensors(3.0, 0.5)), checkpoint(tmp_path / "y", tensors(-1.0, 0.0))]
+    task_arithmetic(base, models, [0.5, 0.25], str(tmp_path / "out"))
+    merged = values(tmp_path / "out")
+    assert merged["w"].tolist() == [[1.5, 1.5], [1.5, 1.5]]
+    assert merged[bias].tolist() == [0.25] and merged["n"].tolist() == [7]
+
+
+def test_task_arithmetic_at_its_ends(tmp_path: Path) -> None:
+    """One model with coefficient 1 is that model, with 0 the base, bit by bit; in the base's type."""
+    torch.manual_seed(0)
+    base = checkpoint(tmp_path / "base", {"w": torch.randn(64)})
+    model = checkpoint(tmp_path / "model", {"w": torch.randn(64)})
+    for coefficient, expected in ((1.0, model), (0.0, base)):
+        out = tmp_path / f"out{coefficient}"
+        task_arithmetic(base, [model], [coefficient], str(out))
+        assert values(out)["w"].equal(values(Path(expected))["w"])
+    half = checkpoint(tmp_path / "half", {"w": values(Path(base))["w"].bfloat16()})
+    task_arithmetic(half, [model], [0.3], str(tmp_path / "typed"))
+    wanted = (0.7 * values(Path(half))["w"].float() + 0.3 * values(Path(model))["w"]).bfloat16()
+    torch.testing.assert_close(values(tmp_path / "typed")["w"], wanted)
+
+
+def test_task_arithmetic_refuses_what_the_average_refuses(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", {"w": torch.zeros(3), "n": torch.tensor([1])})
+    shape = checkpoint(tmp_path / "shape", {"w": torch.zeros(4), "n": torch.tensor([1])})
+    whole = checkpoint(tmp_path / "whole", {"w": torch.zeros(3), "n": torch.tensor([2])})
+    with pytest.raises(UserError, match=r"^models.0=.*'w' is \[4\] there and \[3\]"):
+        task_arithmetic(base, [shape], [0.5], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="integer tensor 'n' differs"):
+        task_arithmetic(base, [whole], [0.5], str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"^base=.*no such directory"):
+        task_arithmetic(str(tmp_path / "none"), [whole], [0.5], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A working directory with a base and two models of one number each: 1, 3 and -1."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("base", 1.0), ("x", 3.0), ("y", -1.0)):
+        checkpoint(tmp_path / name, {"w": torch.tensor([value])})
+    yield tmp_path
+    for path in list(run_folder._locks):
+        run_folder._locks.pop(path).close()
+
+
+ARITHMETIC = ("merge", "method=task_arithmetic", "base=base", "models=[x,y]")
+
+
+def test_merge_command(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "models=[x,y]", "name=mean"]) == 0
+    assert values(three / "runs/mean/model")["w"].tolist() == [1.0]
+    assert main([*ARITHMETIC, "coefficients=[0.5,0.25]"]) == 0
+    assert values(three / "runs/merge/model")["w"].tolist() == [1.5]
+    record = json.loads((three / "runs/merge/manifest.json").read_text())
+    assert set(record["fingerprints"]) == {"base", "models.0", "models.1"}
+    capsys.readouterr()
+    assert main([*ARITHMETIC, "coefficients=[0.5,0.25]"]) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_merge_dry_run_writes_nothing(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARITHMETIC, "coefficient=0.4", "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "task_arithmetic of x, y with weights [0.4, 0.4]" in out and "nothing started" in out
+    assert "would start" not in out and not (three / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["models=[]"], "models=[]: give at least one checkpoint directory"),
+        (["models=[x,none]"], "models.1='none': no such directory"),
+        (["models=[x,y]", "base=base"], "base='base': only method=task_arithmetic has a base; remove it"),
+        (
+            ["models=[x,y]", "coefficients=[1,2]"],
+            "coefficients=[1.0, 2.0]: only method=task_arithmetic weighs",
+        ),
+        (["models=[x,y]", "method=task_arithmetic"], "base=None: task arithmetic needs the checkpoint"),
+        ([*ARITHMETIC[1:], "coefficients=[1]"], "coefficients=[1.0]: give one for each of the 2 models"),
+        (["models=[x,y]", "method=mean"], "method=mean: choose average or task_arithmetic"),
+        (["models=[x,y]", "model.path=x"], "model.path='x': give what is merged as models=[DIR,DIR]"),
+        (["models=[x,runs/merge/model]"], "models.1='runs/merge/model': no such directory"),
+    ],
+)
+def test_merge_refusals_are_one_line(
+    three: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert main(["merge", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {expected}") and err.count("\n") == 1
+    assert not (three / "runs").exists()
+
+
+def test_a_merge_with_another_coefficient_is_another_run(
+    three: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ARITHMETIC, "coefficient=0.4"]) == 0
+    before = values(three / "runs/merge/model")["w"]
+    assert main([*ARITHMETIC, "coefficient=0.7"]) == 2
+    assert "coefficient=0.7: " in capsys.readouterr().err
+    assert values(three / "runs/merge/model")["w"].equal(before)
+    assert main([*ARITHMETIC, "coefficient=0.7", "fresh=true"]) == 0
+    assert not values(three / "runs/merge/model")["w"].equal(before)

@@ -19,6 +19,7 @@ from posttrain.report.summary import (
     EvalScores,
     EvalTable,
     build_summary,
+    domain_of_teacher,
     standard_errors,
     teacher_name,
     write_summary,
@@ -182,6 +183,50 @@ def test_table_fits_80_columns_and_shows_the_numbers(table: EvalTable) -> None:
         assert f"{shares[domain]:.2f} [{low:.2f}, {high:.2f}]" in row
         assert row.split()[-1] == f"{summary['normalised']['average_merge'][domain]:.2f}"
     assert "coverage 1," in text and "time 1:50 min" in text and "seed 3" in text
+
+
+def test_second_round_in_summary_and_table(table: EvalTable) -> None:
+    """Shares of both rounds are those of the first round's teachers; the rest of the summary stays the first round's."""
+    plain = build_summary(table, {"sft": 1.0}, REPLAY, seed=3)
+    table["round2/mopd"] = {
+        d: EvalScores(sampled=bernoulli(0.9, 60, i)) for i, d in enumerate(("math", "code"))
+    }
+    for domain in ("math", "code"):
+        table[f"round2/{teacher_name(domain)}"] = table["round2/mopd"]
+    summary = build_summary(table, {"sft": 1.0}, REPLAY, seed=3)
+    assert {key: summary[key] for key in plain} == plain and "rounds" not in plain
+    first, second = summary["rounds"]
+    assert (
+        first["mopd"] == summary["accuracy"]["mopd"] and first["teachers"] == summary["accuracy"]["teachers"]
+    )
+    assert first["normalised"] == summary["normalised"]["mopd"]
+    sft, teacher, student = (
+        table[name]["math"].sampled.mean() for name in ("sft", teacher_name("math"), "round2/mopd")
+    )
+    assert second["normalised"]["math"] == pytest.approx((student - sft) / (teacher - sft), abs=1e-4)
+    assert second["teachers"] == second["mopd"]
+    summary["lineage"] = [
+        {"model": "inputs/model", "stage": None, "trained_from": {}, "fingerprint": "a"},
+        {"model": "sft", "stage": "sft", "trained_from": {"model.path": "inputs/model"}, "fingerprint": "b"},
+        {
+            "model": "mopd",
+            "stage": "mopd",
+            "trained_from": {"model.path": "sft", "teachers.a.path": "teachers/a", "teachers.b.path": "sft"},
+            "fingerprint": "c",
+        },
+    ]
+    text = show(summary)
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["math"] and len(line.split()) == 7)
+    assert row.split()[-1] == f"{second['normalised']['math']:.2f}"
+    assert (
+        "sft: sft of inputs/model\n" in text.replace(" \n", "\n")
+        and "mopd: mopd of sft; sft, teachers/a" in text
+    )
+
+
+def test_names_of_teachers() -> None:
+    assert domain_of_teacher(teacher_name("math")) == domain_of_teacher("round2/teacher/math") == "math"
+    assert domain_of_teacher("mopd") is None and domain_of_teacher("round2/mopd") is None
 
 
 def test_picture(table: EvalTable, tmp_path: Path) -> None:

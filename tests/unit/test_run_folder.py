@@ -368,9 +368,44 @@ def test_stages_that_nothing_was_made_from_may_go_on(finished_pipeline, tmp_path
     finished_pipeline("sft.algorithm.steps=6")
 
 
+def test_a_student_that_the_second_round_was_made_from_keeps_its_steps(finished_pipeline, tmp_path):
+    finished_pipeline("rounds=2", "mopd.algorithm.steps=9")
+    begun = tmp_path / "run" / "round2" / "teachers" / "math"
+    begun.mkdir(parents=True)
+    (begun / "config.yaml").write_text("{}")
+    found = (
+        r"mopd\.algorithm\.steps=20: .*run/mopd finished with 9 steps and round2/teachers/math was trained"
+    )
+    with pytest.raises(UserError, match=found):
+        finished_pipeline("rounds=2", "mopd.algorithm.steps=20")
+    finished_pipeline("rounds=2")
+    (begun / "finished.json").write_text('{"steps": 7}')
+    student = tmp_path / "run" / "round2" / "mopd"
+    student.mkdir()
+    (student / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match=r"rl\.algorithm\.steps=8: .*run/teachers/math finished with 7 steps"):
+        finished_pipeline("rounds=2", "rl.algorithm.steps=8")
+
+
 def test_a_pipeline_with_other_steps_starts_over(finished_pipeline, tmp_path):
     finished_pipeline("sft.algorithm.steps=6", "fresh=true")
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_manifest_names_what_the_run_was_made_from(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_fingerprints", lambda cfg: {"model.path": "print of " + cfg.model.path})
+    former = RunFolder.open(make("sft"))
+    former.model.mkdir()
+    folder = RunFolder.open(make("rl", "name=next", f"model.path={former.model}"))
+    lineage = folder.read_json("manifest.json")["lineage"]
+    assert lineage == {
+        "print of /m": {"path": "/m", "stage": None, "trained_from": {}},
+        f"print of {former.model}": {
+            "path": str(former.model),
+            "stage": "sft",
+            "trained_from": {"model.path": "print of /m"},
+        },
+    }
 
 
 def test_json_files(make):

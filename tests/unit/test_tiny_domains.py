@@ -19,6 +19,7 @@ from examples.tiny.domains import (
     add_in_columns,
     demonstrate,
     run_call,
+    worlds,
 )
 from posttrain.records import Prompt, Rollout, RolloutStatus
 from rewards.base import Reward
@@ -192,3 +193,18 @@ def test_work_is_several_times_as_long_as_format():
 
     assert mean_length("math") > 3 * mean_length("instruct")
     assert mean_length("code") > 2 * mean_length("instruct")
+
+
+def test_long_math_is_the_same_task_with_an_answer_fifteen_times_as_long():
+    short, long = (worlds(flag)["math"].sample for flag in (False, True))
+    for seed in range(50):
+        task, told = short(random.Random(seed)), long(random.Random(seed))
+        assert (told.prompt, told.answer, told.sloppy) == (task.prompt, task.answer, task.sloppy)
+        assert told.careful[0]["content"].endswith(f"{task.prompt}:{task.careful[0]['content']}")
+        assert reward_of("math", told.answer, told.careful[0]["content"]) == 1.0
+        assert reward_of("math", told.answer, told.sloppy[0]["content"]) == float(
+            told.sloppy == [{"role": "assistant", "content": told.answer}]
+        )
+        instruct = worlds(True)["instruct"].sample(random.Random(seed)).careful[0]["content"]
+        assert 72 >= len(told.careful[0]["content"]) + 1 >= 15 * (len(instruct) + 1), "with their end marks"
+    assert worlds()["math"] is WORLDS["math"] and worlds(True)["code"] is WORLDS["code"]

@@ -74,6 +74,20 @@ def test_seed_decides_everything(corpus, tmp_path):
     assert other["sft.jsonl"].read_bytes() != corpus["sft.jsonl"].read_bytes()
 
 
+def test_long_math_changes_demonstrations_of_math_alone(corpus, tmp_path):
+    long = make(tmp_path / "long", seed=0, long_math=True, **SIZES)
+    for name, path in corpus.items():
+        if name != "sft.jsonl":
+            assert long[name].read_bytes() == path.read_bytes()
+    pairs = list(zip(rows(corpus["sft.jsonl"]), rows(long["sft.jsonl"]), strict=True))
+    changed = [one for one, other in pairs if one != other]
+    assert changed and {row["domain"] for row in changed} == {"math"}
+    lengths = {
+        d: max(len(o["messages"][-1]["content"]) for _, o in pairs if o["domain"] == d) for d in WORLDS
+    }
+    assert lengths["math"] + 1 >= 10 * (lengths["instruct"] + 1)
+
+
 def test_corpus_loads_through_the_data_room(corpus):
     tokenizer = build_tokenizer()
     samples = load_conversations(DataConfig(path=str(corpus["sft.jsonl"])), tokenizer, 64)

@@ -55,7 +55,7 @@ def config(world: Path, command: str, *overrides: str) -> RunConfig:
         base += ["teachers.math.train=rl", "teachers.code.train=none"]
     if command == "mopd":
         base += [f"teachers.{d}.path={world}/teacher_{d}" for d in ("math", "code")]
-    if command in ("rl", "eval"):
+    if command in ("rl", "eval", "sample"):
         base.append(REWARD)
     room = () if command == "sft" else ROOM
     return compose(command, [*base, *room, *overrides])[1]
@@ -69,7 +69,7 @@ def refusal(world: Path, command: str, *overrides: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("command", ["sft", "rl", "mopd", "pipeline", "eval"])
+@pytest.mark.parametrize("command", ["sft", "rl", "mopd", "pipeline", "eval", "sample"])
 def test_a_good_run_is_counted(world, command, capsys):
     cfg = config(world, command)
     report = validate(cfg)
@@ -97,16 +97,45 @@ def test_model_report(world):
 
 
 def test_processes_of_each_run(world):
-    names = {c: [p.name for p in processes(config(world, c), 1000)] for c in ("sft", "rl", "mopd", "eval")}
+    commands = ("sft", "rl", "mopd", "eval", "sample")
+    names = {c: [p.name for p in processes(config(world, c), 1000)] for c in commands}
     assert names["sft"] == ["learner"]
     assert names["rl"] == ["learner", "rollout", "rewards"]
     assert names["mopd"] == ["learner", "rollout", "teachers"]
-    assert names["eval"] == ["rollout", "rewards"]
+    assert names["eval"] == names["sample"] == ["rollout", "rewards"]
 
 
 def test_rl_of_one_domain(world):
     assert validate(config(world, "rl", "domain=math")).num_prompts == {"math": 2}
     assert "domain='law'" in refusal(world, "rl", "domain=law")
+
+
+def test_rl_on_all_domains_with_a_reward_for_each(world):
+    own = [f"rewards.{d}._target_=rewards.exact_match.ExactMatch" for d in ("math", "code")]
+    report = validate(config(world, "rl", "~rewards._target_", *own))
+    assert report.num_prompts == {"code": 2, "math": 2}
+    found = refusal(world, "rl", "~rewards._target_", own[0])
+    assert found.startswith("rewards.code: domain 'code' without reward")
+
+
+def test_mopd_of_one_domain_needs_that_teacher_alone(world):
+    for extra in ([], ["~teachers.code"], ["teachers.code.path=/nowhere"]):
+        report = validate(config(world, "mopd", "domain=math", *extra))
+        assert report.num_prompts == {"math": 2} and [row["domain"] for row in report.teachers] == ["math"]
+    found = refusal(world, "mopd", "domain=math", "~teachers.math")
+    assert found.startswith("teachers.math.path=None: prompts of domain 'math' have no teacher")
+    assert "domain='law'" in refusal(world, "mopd", "domain=law")
+
+
+def test_samples_without_and_with_rewards(world):
+    assert validate(config(world, "sample", "~rewards._target_", "domain=math")).num_prompts == {"math": 2}
+    validate(config(world, "sample", "sample.min_reward=1"))
+    found = refusal(world, "sample", "~rewards._target_", "sample.min_reward=1")
+    assert found.startswith(
+        "sample.min_reward=1.0: nothing gives a reward; give rewards._target_=MODULE.CLASS"
+    )
+    found = refusal(world, "sample", "rewards._target_=no_module.X")
+    assert found.startswith("rewards._target_='no_module.X'")
 
 
 def test_held_out_prompts_that_are_trained_on_are_noted(world):

@@ -1,0 +1,279 @@
+"""The models of `benchmarks/mopd.py`: every method as ordinary runs, for one seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.mopd_table import DOMAINS
+from examples.tiny.make_data import make
+from examples.tiny.model import build_model
+from posttrain.compose import compose
+from posttrain.config import (
+    DataConfig,
+    MergeMethod,
+    MergeRun,
+    PipelineRun,
+    SampleConfig,
+    SampleRun,
+    SourceConfig,
+)
+from posttrain.data.sources import load_prompts
+from posttrain.data.tokenizer import load_tokenizer
+from posttrain.engines import Engines
+from posttrain.runs import evaluate, merge, mopd, pipeline, rl, sample, sft
+from posttrain.tracking.jsonl import read_jsonl
+from teachers.fingerprint import fingerprint
+
+SETTING = [
+    "experiment=tiny",
+    "rollout.max_new_tokens=72",
+    "checkpoint.keep=1",
+    "tracking.wandb=disabled",
+    "tracking.console=false",
+    "tracking.rollout_samples=0",
+    "tracking.rollout_every_steps=1000",
+]
+QUICK = [
+    "sft.algorithm.steps=4",
+    "rl.algorithm.steps=2",
+    "rl.algorithm.prompts_per_step=4",
+    "rl.algorithm.group_size=4",
+    "teachers.code.steps=2",
+    "mopd.algorithm.steps=2",
+    "mopd.algorithm.prompts_per_step=16",
+    "eval.num_samples=2",
+]
+SIZES = {"num_sft": 32_000, "num_prompts": 2_000, "num_valid": 300, "num_heldout": 1_000}
+QUICK_SIZES = {"num_sft": 640, "num_prompts": 32, "num_valid": 8, "num_heldout": 16}
+SFT_EPOCHS = 2  # over the teachers' answers, off-policy
+
+Models = dict[str, str]  # domain -> the checkpoint that answers its prompts
+
+
+class Seed:
+    """All models of one seed: each made once, by an ordinary run in a folder of its own, resumed where it stands."""
+
+    def __init__(self, work: Path, seed: int, quick: bool, engines: Engines | None = None) -> None:
+        self.seed, self.quick, self.engines = seed, quick, engines
+        self.folder = work / f"seed{seed}"
+        self._work = work
+        self.cfg = self.configuration()
+        self.used: set[str] = set()  # runs behind the present cell
+        self._made: dict[str, str] = {}
+
+    def configuration(self, *overrides: str) -> PipelineRun:
+        place = [f"name={self.folder.name}", f"runs_dir={self._work}", f"seed={self.seed}"]
+        cfg = compose("pipeline", [*SETTING, *(QUICK if self.quick else []), *place, *overrides])[1]
+        assert isinstance(cfg, PipelineRun)
+        return cfg
+
+    def make_inputs(self) -> None:
+        inputs = self.folder / "inputs"
+        if not (inputs / "READY").exists():
+            make(inputs, seed=self.seed, long_math=True, **(QUICK_SIZES if self.quick else SIZES))
+            build_model(inputs / "model", self.seed)
+            (inputs / "READY").touch()
+
+    # Runs -----------------------------------------------------------------------------------------------------
+
+    def train(self, module: Any, run: Any, name: str, lr: float | None = None, **algorithm: Any) -> str:
+        """Start (or skip, or resume) a run under ``name``, and note that the present cell is made of it."""
+        run = replace(run, name=f"{self.cfg.name}/{name}")
+        if lr is not None:
+            run = replace(run, learner=replace(run.learner, lr=lr))
+        if algorithm:
+            run = replace(run, algorithm=replace(run.algorithm, **algorithm))
+        self.used.add(name)
+        if name not in self._made:
+            with self._timed(name):
+                self._made[name] = module.run(run, self.engines)
+        return self._made[name]
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self._read("wall.json") or {}
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+            self._write("wall.json", seconds)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is made in here does not count for the present cell."""
+        former, self.used = self.used, set()
+        try:
+            yield
+        finally:
+            self.used = former
+
+    def sft(self) -> str:
+        return self.train(sft, pipeline.sft_config(self.cfg), "sft")
+
+    def teachers(self, start: str | None = None, number: int = 1) -> Models:
+        found = {}
+        for domain in DOMAINS:
+            run = pipeline.rl_config(self.cfg, domain, start or self.sft(), number)
+            found[domain] = self.train(rl, run, run.name.partition("/")[2])
+        return found
+
+    def student(self, lr: float, *overrides: str) -> str:
+        run = pipeline.mopd_config(self.configuration(*overrides), self.sft(), self.teachers())
+        tags = [o.rpartition("=")[2] for o in overrides]
+        return self.train(mopd, run, "-".join(["mopd", *tags, f"{lr:g}"]), lr)
+
+    def mixed(self, lr: float, name: str, tokens: float) -> str:
+        """RL on all domains at once, for as many steps as ``tokens`` pay for."""
+        lengths = self.answer_lengths()
+        num_steps = self.num_steps(tokens, float(np.mean([lengths[d] for d in DOMAINS])))
+        run = replace(pipeline.rl_config(self.cfg, DOMAINS[0], self.sft()), domain=None)
+        return self.train(rl, run, f"{name}-{lr:g}", lr, steps=num_steps)
+
+    def cascade(self, lr: float, tokens: float) -> str:
+        """RL on one domain after the other, each from the former's model; as many answers for each domain."""
+        num_steps = self.num_steps(tokens, sum(self.answer_lengths().values()))
+        model = self.sft()
+        for domain in DOMAINS:
+            run = pipeline.rl_config(self.cfg, domain, model)
+            model = self.train(rl, run, f"cascade-{lr:g}/{domain}", lr, steps=num_steps)
+        return model
+
+    def oracle(self, lr: float) -> Models:
+        """One student per domain, with that domain's teacher alone and the prompts that MOPD gives the domain."""
+        models, teachers = {}, self.teachers()
+        share = self.cfg.mopd.algorithm.prompts_per_step // len(DOMAINS)
+        for domain in DOMAINS:
+            run = pipeline.mopd_config(self.cfg, self.sft(), {domain: teachers[domain]})
+            run = replace(run, domain=domain)
+            models[domain] = self.train(mopd, run, f"oracle-{lr:g}/{domain}", lr, prompts_per_step=share)
+        return models
+
+    def off_policy(self, lr: float, filtered: bool = False) -> str:
+        """SFT on the teachers' own answers, as many as the student of MOPD samples; ``filtered``: on the right ones."""
+        teachers, kind = self.teachers(), "filtered" if filtered else "all"
+        each = self.cfg.mopd.algorithm.steps * self.cfg.mopd.algorithm.prompts_per_step // len(DOMAINS)
+        num_samples = math.ceil(each / (QUICK_SIZES if self.quick else SIZES)["num_prompts"])
+        least = (0.0 if self.quick else 1.0) if filtered else None
+        chosen = SampleConfig(
+            num_samples=num_samples, num_prompts=math.ceil(each / num_samples), min_reward=least
+        )
+        sources, num_rows = {}, 0
+        for domain in DOMAINS:
+            run = SampleRun(
+                **pipeline.shared(self.cfg, "", teachers[domain]),
+                domain=domain,
+                rollout=self.cfg.rollout,
+                rewards=self.cfg.rewards,
+                environments=self.cfg.environments,
+                sample=chosen,
+            )
+            path = self.train(sample, run, f"samples-{kind}/{domain}")
+            sources[domain] = SourceConfig(path=path)
+            num_rows += Path(path).read_text().count("\n")
+        run = replace(pipeline.sft_config(self.cfg), data=DataConfig(sources=sources))
+        run = replace(run, model=replace(run.model, path=self.sft()))
+        num_steps = max(1, SFT_EPOCHS * num_rows // run.algorithm.batch_size)
+        return self.train(sft, run, f"off_policy-{kind}-{lr:g}", lr, steps=num_steps)
+
+    def second_round(self, lr: float) -> str:
+        student = self.student(lr)
+        teachers = self.teachers(student, number=2)
+        run = pipeline.mopd_config(self.cfg, student, teachers, 2)
+        return self.train(mopd, run, f"round2/mopd-{lr:g}", lr)
+
+    def merged(self, coefficient: float | None) -> str:
+        """The teachers' average, or task arithmetic with this coefficient."""
+        models = list(self.teachers().values())
+        run = MergeRun(
+            **pipeline.shared(
+                self.cfg, "average" if coefficient is None else f"arithmetic-{coefficient:g}", ""
+            ),
+            models=models,
+            method=MergeMethod.average if coefficient is None else MergeMethod.task_arithmetic,
+            base=None if coefficient is None else self.sft(),
+            coefficient=coefficient or 0.5,
+        )
+        return merge.run(run)
+
+    # Budgets --------------------------------------------------------------------------------------------------
+
+    def tokens(self, name: str) -> float:
+        """Tokens that were sampled in a run."""
+        if (summary := self._read(f"{name}/summary.json")) is not None:
+            return summary["num_tokens"]
+        steps = self.folder / name / "metrics.jsonl"
+        return sum(row.get("tokens/all", 0.0) for row in read_jsonl(steps)) if steps.exists() else 0.0
+
+    def budget(self, lr: float, teachers: bool = False) -> float:
+        """Sampled tokens of the student of MOPD, with those of its teachers."""
+        with self.aside():
+            self.student(lr)
+            names = [n for n in self.used if teachers or not n.startswith("teachers/")]
+            return sum(map(self.tokens, names))
+
+    def answer_lengths(self) -> dict[str, float]:
+        """Mean sampled tokens of an answer over the RL of each domain's teacher, which is what RL rows pay for."""
+        with self.aside():
+            self.teachers()
+        lengths = {}
+        for domain in DOMAINS:
+            rows = read_jsonl(self.folder / "teachers" / domain / "metrics.jsonl")
+            lengths[domain] = float(np.mean([row["length/all"] for row in rows]))
+        return lengths
+
+    def num_steps(self, tokens: float, tokens_per_answer: float) -> int:
+        algorithm = self.cfg.rl.algorithm
+        per_step = algorithm.prompts_per_step * algorithm.group_size * tokens_per_answer
+        return max(1, round(tokens / per_step))
+
+    # Scores ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, models: Models, split: str) -> evaluate.Scores:
+        """Scores on the validation ("valid") or held-out ("heldout") prompts; greedy as well on the latter."""
+        prompts = self._prompts(split)
+        sampled, greedy = evaluate.eval_settings(self.cfg)
+        scores = evaluate.Scores(sampled={}, greedy={})
+        for path in dict.fromkeys(models.values()):
+            domains = [d for d in DOMAINS if models[d] == path]
+            file = f"eval/{split}-{fingerprint(path)[:16]}-{'-'.join(domains)}.json"
+            if self._read(file) is None:
+                assert self.engines is not None
+                rewards = self.engines.rewards(self.cfg.rewards, DOMAINS)
+                model = replace(self.cfg.model, path=path)
+                rollouts = self.engines.rollouts(self.cfg.rollout, model, self.cfg.environments, self.seed)
+                rollouts.load_checkpoint(path, 1)
+                asked = {d: prompts[d] for d in domains}
+                settings = (sampled, greedy if split == "heldout" else None)
+                self._write(file, evaluate.evaluate(rollouts, rewards, asked, *settings).to_json())
+            found = evaluate.Scores.read(self.folder / file)
+            scores.sampled |= found.sampled
+            scores.greedy |= found.greedy or {}
+        return scores
+
+    def _prompts(self, split: str) -> dict[str, Any]:
+        inputs = self.folder / "inputs"
+        sources = {d: SourceConfig(path=str(inputs / f"{split}.{d}.jsonl")) for d in DOMAINS}
+        tokenizer = load_tokenizer(str(inputs / "model"))
+        loaded = load_prompts(
+            DataConfig(eval_sources=sources), tokenizer, evaluate.room(self.cfg.rollout), eval=True
+        )
+        return evaluate.held_out(loaded, None)
+
+    def _read(self, name: str) -> Any:
+        file = self.folder / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def _write(self, name: str, value: Any) -> None:
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value) + "\n")

@@ -1,0 +1,178 @@
+"""The quality benchmark without engines: table from lines by hand, choice on validation, what is skipped and left out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks import mopd, mopd_models
+from benchmarks.mopd import ROWS, available, choose
+from benchmarks.mopd_models import SIZES, Seed
+from benchmarks.mopd_table import DOMAINS, LABELS, print_table, show, summarise
+from posttrain.runs.evaluate import Scores
+
+
+def line(row: str, seed: int, right: float, share: float | None = None) -> dict:
+    """A cell whose first prompts are answered right."""
+    prompts = [1.0] * round(100 * right) + [0.0] * round(100 * (1 - right))
+    return {
+        "row": row,
+        "seed": seed,
+        "accuracy": dict.fromkeys(DOMAINS, right),
+        "accuracy_greedy": dict.fromkeys(DOMAINS, right),
+        "per_prompt": dict.fromkeys(DOMAINS, prompts),
+        "normalised": dict.fromkeys(DOMAINS, share) | {"mean": share},
+        "tokens": 1_000_000,
+        "tokens_teachers": 0,
+        "wall_s": 60.0,
+    }
+
+
+LINES = [
+    *(line("sft", s, 0.4, 0.0) for s in (0, 1)),
+    *(line("teachers", s, 0.9, 1.0) for s in (0, 1)),
+    line("mopd", 0, 0.8, 0.8),
+    line("mopd", 1, 0.9, 1.0),
+    line("mix_rl", 2, 0.9, 1.0),  # a seed without SFT and teachers
+]
+
+
+def test_table_of_lines_by_hand():
+    table = {entry["row"]: entry for entry in summarise(LINES)}
+    assert set(table) == {"sft", "teachers", "mopd"}
+    student = table["mopd"]
+    assert student["accuracy"]["math"] == pytest.approx(0.85) and student["seeds"] == [0, 1]
+    assert student["share"].value == pytest.approx(0.9)
+    assert student["share"].low < 0.9 < student["share"].high
+    assert student["spread"] == pytest.approx(np.std([0.8, 1.0], ddof=1))
+    assert table["sft"]["share"].value == 0.0 and table["teachers"]["share"].value == 1.0
+
+
+def test_pairs_share_their_prompts():
+    """A row equal to the teachers prompt by prompt has no uncertainty."""
+    table = {entry["row"]: entry for entry in summarise([*LINES[:4], line("average", 0, 0.9, 1.0)])}
+    share = table["average"]["share"]
+    assert (share.value, share.low, share.high) == (1.0, 1.0, 1.0)
+
+
+def test_table_and_picture_come_from_the_lines_alone(tmp_path, capsys):
+    results = tmp_path / "mopd.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in [line("mopd", 0, 0.4, 0.0), *LINES]))
+    show(results)
+    out = capsys.readouterr().out
+    row = next(text for text in out.splitlines() if text.startswith("MOPD "))
+    assert row.split()[1:7] == ["85.0"] * 6 and " 0.90 [" in row
+    assert (tmp_path / "mopd.png").stat().st_size > 5_000
+
+
+def test_a_row_without_gain_still_prints(capsys):
+    print_table(summarise([line("sft", 0, 0.5), line("teachers", 0, 0.5), line("mopd", 0, 0.5)]))
+    assert capsys.readouterr().out.count(" - [") == 3
+
+
+def test_every_row_has_a_label_and_the_core_is_what_it_says():
+    assert set(ROWS) == set(LABELS)
+    core = {name for name, row in ROWS.items() if row.core}
+    assert core == {"sft", "teachers", "mopd", "average", "task_arithmetic", "mix_rl", "off_policy"}
+    assert SIZES["num_heldout"] >= 1000 and len(DOMAINS) >= 4
+
+
+def test_a_signal_row_waits_for_its_setting(monkeypatch):
+    known = SimpleNamespace(name="signal")
+    monkeypatch.setattr(mopd, "fields", lambda schema: [known])
+    assert available(ROWS["mopd_full"]) and available(ROWS["mopd"])
+    monkeypatch.setattr(mopd, "fields", lambda schema: [])
+    assert not available(ROWS["mopd_full"]) and available(ROWS["mopd"])
+
+
+class FakeSeed:
+    """Made models are their value; accuracy on the validation split is best at 0.4 and at 3e-4."""
+
+    quick = False
+
+    def __init__(self, folder, seed=0):
+        self.folder, self.seed, self.asked, self.used = folder / f"seed{seed}", seed, [], set()
+
+    def aside(self):
+        return Seed.aside(self)
+
+    def merged(self, coefficient):
+        return str(coefficient)
+
+    def student(self, lr):
+        return str(lr)
+
+    def evaluate(self, models, split):
+        self.asked.append(split)
+        value = float(models["math"])
+        best = 0.4 if value > 0.1 else 3e-4
+        return Scores(sampled={d: np.array([[1 - abs(value - best)]]) for d in DOMAINS}, greedy=None)
+
+
+def test_values_are_chosen_on_the_validation_split_and_remembered(tmp_path):
+    first, second = FakeSeed(tmp_path, 0), FakeSeed(tmp_path, 1)
+    assert choose(ROWS["mopd"], first) == 3e-4
+    assert set(first.asked) == {"valid"} and len(first.asked) == len(ROWS["mopd"].grid)
+    assert choose(ROWS["mopd"], second) == choose(ROWS["round2"], second) == 3e-4 and second.asked == []
+    assert choose(ROWS["task_arithmetic"], second) == 0.4
+    assert len(second.asked) == len(ROWS["task_arithmetic"].grid), "with every seed"
+    written = json.loads((tmp_path / "chosen.json").read_text())
+    assert set(written) == {"mopd", "task_arithmetic/seed1"} and written["mopd"]["seed"] == 0
+    assert choose(ROWS["sft"], first) is None
+
+
+def test_finished_cells_start_nothing(tmp_path, capsys):
+    results = tmp_path / "mopd.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in LINES))
+    args = argparse.Namespace(seeds=[0, 1], work=tmp_path, quick=False)
+    mopd.run(args, [ROWS[name] for name in ("sft", "teachers", "mopd")], results)
+    assert "6 cells, 0 to do" in capsys.readouterr().out
+    assert len(results.read_text().splitlines()) == len(LINES)
+
+
+def test_runs_of_a_seed(tmp_path, monkeypatch):
+    """Which run starts from which model with which budget; the runs themselves are replaced by their names."""
+    s = Seed(tmp_path, 3, quick=False)
+    seen = {}
+
+    class Module:
+        @staticmethod
+        def run(cfg, engines):
+            seen[cfg.name] = cfg
+            return f"/model of {cfg.name}"
+
+    for name in ("sft", "rl", "mopd"):
+        monkeypatch.setattr(mopd_models, name, Module)
+    monkeypatch.setattr(s, "answer_lengths", lambda: dict(zip(DOMAINS, (60.0, 12.0, 16.0, 4.0), strict=True)))
+    s.mixed(2e-4, "mix_rl", tokens=128 * 23.0 * 50)
+    mixed = seen["seed3/mix_rl-0.0002"]
+    assert mixed.domain is None and mixed.algorithm.steps == 50 and mixed.learner.lr == 2e-4
+    assert mixed.model.path == "/model of seed3/sft" and mixed.seed == 3
+    assert s.used == {"sft", "mix_rl-0.0002"}
+
+    s.cascade(1e-4, tokens=128 * 92.0 * 7)
+    runs = [seen[f"seed3/cascade-0.0001/{d}"] for d in DOMAINS]
+    assert [r.domain for r in runs] == DOMAINS and {r.algorithm.steps for r in runs} == {7}
+    assert [r.model.path for r in runs[1:]] == [f"/model of seed3/cascade-0.0001/{d}" for d in DOMAINS[:-1]]
+
+    models = s.oracle(3e-4)
+    for domain, path in models.items():
+        run = seen[f"seed3/oracle-0.0003/{domain}"]
+        assert path == f"/model of {run.name}" and run.domain == domain and list(run.teachers) == [domain]
+        assert run.algorithm.prompts_per_step * len(DOMAINS) == s.cfg.mopd.algorithm.prompts_per_step
+
+    s.student(3e-4, "mopd.algorithm.aggregation=token_mean")
+    assert seen["seed3/mopd-token_mean-0.0003"].algorithm.aggregation == "token_mean"
+    s.second_round(3e-4)
+    second = seen["seed3/round2/mopd-0.0003"]
+    assert second.model.path == "/model of seed3/mopd-0.0003"
+    assert second.teachers["math"].path == "/model of seed3/round2/teachers/math"
+    assert seen["seed3/round2/teachers/math"].model.path == "/model of seed3/mopd-0.0003"
+    with s.aside():
+        s.sft()
+        assert s.used == {"sft"}
+    assert "round2/mopd-0.0003" in s.used
