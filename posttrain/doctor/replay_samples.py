@@ -94,15 +94,15 @@ def sample_rollouts(
         settings = SamplingSettings(
             group_size=min(GROUP_SIZE, left - index * GROUP_SIZE),
             max_new_tokens=rollout.max_new_tokens,
-            max_turns=rollout.max_turns,
-            seed=cfg.seed + index * GROUP_SIZE,
+            max_turns=rollout.max_turns,  # no seed: vLLM 0.30 on CPUs dies of a seeded request in a partial prefill
         )
         requests.append((prompt, settings))
     found = _sample(pool, requests, "first")
-    single = SamplingSettings(max_new_tokens=rollout.max_new_tokens, seed=cfg.seed)
+    single = SamplingSettings(max_new_tokens=rollout.max_new_tokens)
     following = _continuations(found.rollouts, num_continued, plain, cfg.seed, pool.info.max_model_len)
     more = _sample(pool, [(prompt, single) for prompt in following], "next")
     rollouts, problems = found.rollouts + more.rollouts, found.problems + more.problems
+    problems += [f"{worker} died and was started again: {reason}" for worker, reason in pool.pop_restarts()]
     num_turns = sum(any(turn.author == "environment" for turn in r.turns) for r in rollouts)
     value = f"{len(rollouts)} rollouts; {num_turns} in several turns, {len(more.rollouts)} go on from another's end"
     if found.left_out:

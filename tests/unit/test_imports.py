@@ -88,3 +88,9 @@ def test_command_line_starts_without_engines():
             i for i in imports(ROOT / "posttrain" / f"{name}.py", top_level_only=True) if within(i, *HEAVY)
         }
         assert wrong == set(), name
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest collects tests/unit and tests/integration together in `make test-slow`, and knows a file by its name."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
