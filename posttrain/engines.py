@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rewards.pool import RewardPool
     from rollout.pool import RolloutPool
     from teachers.pool import TeacherPool
+    from teachers.teacher import Teacher
 
 # What a learner process cannot change while it lives; everything else is set anew by `reset`.
 _LEARNER_SHAPE = (
@@ -108,8 +109,10 @@ class Engines:
         self._rewards_key = (cfg, set(domains))
         return self._rewards
 
-    def teachers(self, cfg: TeacherWorkerConfig, model: ModelConfig, paths: dict[str, str]) -> TeacherPool:
-        """Teacher workers that hold one frozen checkpoint per domain; ``paths`` may be empty to start them early."""
+    def teachers(
+        self, cfg: TeacherWorkerConfig, model: ModelConfig, teachers: dict[str, Teacher]
+    ) -> TeacherPool:
+        """Teacher workers that hold the teacher of every domain; ``teachers`` may be empty to start them early."""
         from teachers.pool import TeacherPool
 
         key = (_without_path(model), asdict(cfg))
@@ -117,10 +120,10 @@ class Engines:
             self._teachers.shutdown()
             self._teachers = None
         if self._teachers is None:
-            self._teachers = TeacherPool.start(cfg, model)
+            self._teachers = TeacherPool(cfg, model) if teachers else TeacherPool.start(cfg, model)
             self._teachers_key = key
-        if paths:
-            self._teachers.set_teachers(paths)
+        if teachers:
+            self._teachers.set_teachers(teachers)
         return self._teachers
 
     def shutdown(self) -> None:

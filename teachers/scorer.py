@@ -10,14 +10,16 @@ import numpy as np
 import torch
 import transformers
 
-from posttrain.config import Dtype, ModelConfig, UserError
+from posttrain.config import Dtype, ModelConfig, TeacherBackend, UserError
+from teachers.backend import TokenScores
+from teachers.lora import Adapters
+from teachers.scores import TeacherScoreError, check_finite, check_ids, check_signal
+from teachers.teacher import SIGNALS
+
+__all__ = ["Scorer", "TeacherScoreError", "plan_batches", "token_logprobs"]
 
 SOFTMAX_CHUNK_ELEMENTS = 2**26  # float32 logits that exist at once: 256 MiB
 PROBE_TOKENS = 16
-
-
-class TeacherScoreError(RuntimeError):
-    """A teacher's score is not a number; the run stops."""
 
 
 class Scorer:
@@ -45,29 +47,40 @@ class Scorer:
             self.model.set_experts_implementation(model.experts_implementation)
         self.model.requires_grad_(False).eval().to(device)
         self.device = torch.device(device)
-        self.head = self.model.get_output_embeddings()
-        self.vocab_size = int(self.head.weight.shape[0])
+        self.vocab_size = int(self.lm_head.weight.shape[0])
         self._check_head()
+        self.adapters = Adapters(self.model)
+
+    @property
+    def lm_head(self) -> torch.nn.Module:
+        """The head as it is now: an adapter may wrap it."""
+        return self.model.get_output_embeddings()
+
+    def head(self) -> torch.Tensor:
+        """The LM head [V, H]."""
+        return self.lm_head.weight
 
     def score(
-        self, token_ids: list[np.ndarray], max_tokens_per_batch: int, names: list[str] | None = None
-    ) -> list[np.ndarray]:
-        """log p(token t | tokens before t), one float32 array [T] per sequence, entry 0 is 0.0.
+        self,
+        token_ids: list[np.ndarray],
+        max_tokens_per_batch: int,
+        names: list[str] | None = None,
+        signal: str = "sampled",
+        top_k: int = 64,
+        masks: list[np.ndarray] | None = None,
+    ) -> list[TokenScores]:
+        """log p(token t | tokens before t), one `TokenScores` per sequence, entry 0 is 0.0.
 
         A batch holds sequences of like length, at most ``max_tokens_per_batch`` tokens with padding (a longer
         sequence is a batch of its own). Raises `TeacherScoreError`, with the sequence's entry of ``names``, for a
         score that is not finite.
         """
-        scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(token_ids)
+        check_signal("teachers.*", "transformers", signal, SIGNALS[TeacherBackend.transformers])
+        scores = [TokenScores(logprobs=np.zeros(0, np.float32))] * len(token_ids)
         for batch in plan_batches([len(ids) for ids in token_ids], max_tokens_per_batch):
             for index, logprobs in zip(batch, self._forward([token_ids[i] for i in batch]), strict=True):
-                if not np.isfinite(logprobs).all():
-                    position = int(np.flatnonzero(~np.isfinite(logprobs))[0])
-                    raise TeacherScoreError(
-                        f"teacher {self.path!r} gave {logprobs[position]} for token {position} of"
-                        f" {names[index] if names else index} ({len(logprobs)} tokens): its weights or its type are broken; the run stops"
-                    )
-                scores[index] = logprobs
+                check_finite(logprobs, self.path, names[index] if names else str(index))
+                scores[index] = TokenScores(logprobs=logprobs)
         return scores
 
     @torch.no_grad()
@@ -77,10 +90,7 @@ class Scorer:
         lengths = [len(ids) for ids in token_ids]
         tokens_BT = torch.zeros(len(token_ids), max(lengths), dtype=torch.long)
         for row, ids in enumerate(token_ids):
-            if len(ids) and int(ids.max()) >= self.vocab_size:
-                raise TeacherScoreError(
-                    f"teacher {self.path!r} knows {self.vocab_size} token ids and was asked for {int(ids.max())}"
-                )
+            check_ids(ids, self.path, self.vocab_size)
             tokens_BT[row, : len(ids)] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
         tokens_BT = tokens_BT.to(self.device)
         hidden_BTH = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
@@ -88,7 +98,11 @@ class Scorer:
         for row, length in enumerate(lengths):
             predicts[row, : max(length - 1, 0)] = True
         targets_BT = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], dim=1)
-        flat = token_logprobs(hidden_BTH[predicts], targets_BT[predicts], self.head).cpu().numpy()
+        flat = (
+            token_logprobs(hidden_BTH[predicts], targets_BT[predicts], self.model.get_output_embeddings())
+            .cpu()
+            .numpy()
+        )
         scores, start = [], 0
         for length in lengths:
             stop = start + max(length - 1, 0)
@@ -101,7 +115,7 @@ class Scorer:
         """The chunked softmax applies the head itself; a model that scales or caps its logits would be misread."""
         probe = torch.arange(PROBE_TOKENS, device=self.device).remainder(self.vocab_size)[None]
         own = self.model(input_ids=probe, use_cache=False).logits.float()
-        ours = self.head(self.model.base_model(input_ids=probe, use_cache=False).last_hidden_state).float()
+        ours = self.lm_head(self.model.base_model(input_ids=probe, use_cache=False).last_hidden_state).float()
         if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise UserError(
                 f"teacher path={self.path!r}: {type(self.model).__name__} changes logits after its head (scale or cap),"

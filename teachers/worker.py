@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from posttrain.config import ModelConfig, TeacherWorkerConfig
+from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from posttrain.records import RolloutGroup, RolloutStatus, TeacherScores
+from rollout.process import prepare
+from teachers.teacher import Teacher
 
 if TYPE_CHECKING:
-    from teachers.scorer import Scorer
+    from teachers.backend import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -26,31 +28,49 @@ SCORED = (RolloutStatus.completed, RolloutStatus.truncated)
 
 
 class TeacherWorker:
-    """Scores with one or several checkpoints, one call at a time."""
+    """Scores with one or several checkpoints and their adapters, or with one engine or server; one call at a time."""
 
-    def __init__(self, cfg: TeacherWorkerConfig, model: ModelConfig) -> None:
-        import torch
+    def __init__(
+        self, cfg: TeacherWorkerConfig, model: ModelConfig, index: int = 0, has_engine: bool = False
+    ) -> None:
+        """``index`` counts the workers of a machine; ``has_engine``: this process will hold a vLLM engine."""
+        if has_engine:
+            cores = cfg.cores_per_worker or len(os.sched_getaffinity(0))
+            prepare(index, cores, cfg.vllm.get("tensor_parallel_size", 1))
+        else:
+            import torch
 
-        import teachers.scorer  # noqa: F401  Transformers takes seconds to import; here nobody waits for it
+            import teachers.scorer  # noqa: F401  Transformers takes seconds to import; here nobody waits for it
 
-        torch.set_num_threads(cfg.cores_per_worker or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(cfg.cores_per_worker or len(os.sched_getaffinity(0)))
         self.cfg = cfg
         self.model = model
         self.device = "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
-        self.scorers: dict[str, Scorer] = {}  # by fingerprint: a path may come to hold other weights
+        self.backends: dict[
+            str, Backend
+        ] = {}  # by fingerprint of the base: a path may come to hold other weights
         if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
             logger.warning("teacher worker was restarted; it loads its teachers again")
 
-    def set_teachers(self, checkpoints: dict[str, str]) -> dict[str, Any]:
-        """Hold exactly these checkpoints, fingerprint -> folder. Returns what is held, for the events of the run."""
-        self.scorers = {key: scorer for key, scorer in self.scorers.items() if key in checkpoints}
-        for key, path in checkpoints.items():
-            self._scorer(key, path)
-        return {"pid": os.getpid(), "device": self.device, "paths": [s.path for s in self.scorers.values()]}
+    def set_teachers(self, teachers: dict[str, Teacher]) -> dict[str, Any]:
+        """Hold exactly these, fingerprint -> teacher. Returns what is held, for the events of the run."""
+        bases = {base_of(key) for key in teachers}
+        self.backends = {base: backend for base, backend in self.backends.items() if base in bases}
+        for backend in self.backends.values():
+            if adapters := getattr(backend, "adapters", None):
+                adapters.keep(set(teachers))
+        for key, teacher in teachers.items():
+            self._backend(key, teacher)
+        return {
+            "pid": os.getpid(),
+            "device": self.device,
+            "paths": [backend.path for backend in self.backends.values()],
+            "adapters": [teacher.adapter for teacher in teachers.values() if teacher.adapter],
+        }
 
-    def score(self, key: str, path: str, name: str, group_refs: list[Any]) -> list[TeacherScores]:
-        """Scores of all rollouts of all groups, in order, by the checkpoint with fingerprint ``key`` in ``path``.
-        ``name`` goes into `TeacherScores.teacher`.
+    def score(self, key: str, teacher: Teacher, name: str, group_refs: list[Any]) -> list[TeacherScores]:
+        """Scores of all rollouts of all groups, in order, by ``teacher``, whose fingerprint is ``key``. ``name`` goes
+        into `TeacherScores.teacher`.
 
         A failed rollout never reaches the loss; its scores are NaN so that a use would be seen. Raises
         `TeacherScoreError`.
@@ -58,20 +78,47 @@ class TeacherWorker:
         groups: list[RolloutGroup] = ray.get(group_refs)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         token_ids = [rollout.token_ids if rollout.turns else np.zeros(0, np.int32) for rollout in rollouts]
-        logprobs = [np.full(len(ids), np.nan, np.float32) for ids in token_ids]
+        scores = [
+            TeacherScores(teacher=name, logprobs=np.full(len(ids), np.nan, np.float32)) for ids in token_ids
+        ]
         scored = [i for i, rollout in enumerate(rollouts) if rollout.status in SCORED]
-        results = self._scorer(key, path).score(
+        results = self._backend(key, teacher).score(
             [token_ids[i] for i in scored],
             self.cfg.max_tokens_per_batch,
             [f"rollout {rollouts[i].rollout_id!r} of domain {rollouts[i].domain!r}" for i in scored],
         )
         for i, result in zip(scored, results, strict=True):
-            logprobs[i] = result
-        return [TeacherScores(teacher=name, logprobs=row) for row in logprobs]
+            scores[i].logprobs = result.logprobs
+        return scores
 
-    def _scorer(self, key: str, path: str) -> Scorer:
-        if key not in self.scorers:
-            from teachers.scorer import Scorer
+    def _backend(self, key: str, teacher: Teacher) -> Backend:
+        """What scores as ``teacher``, loaded if it is not here, with its adapter put on."""
+        base = base_of(key)
+        if base not in self.backends:
+            self.backends[base] = self._open(teacher)
+        backend = self.backends[base]
+        if adapters := getattr(backend, "adapters", None):  # models in this process alone take LoRA
+            try:
+                adapters.use(key if teacher.adapter else None, teacher.adapter)
+            except UserError:
+                del self.backends[base]  # part of the adapter may be on it
+                raise
+        return backend
 
-            self.scorers[key] = Scorer(path, self.model, self.cfg.dtype, self.device)
-        return self.scorers[key]
+    def _open(self, teacher: Teacher) -> Backend:
+        if teacher.backend is TeacherBackend.vllm:
+            from teachers.vllm_scorer import VllmScorer
+
+            return VllmScorer(teacher.path, self.cfg, self.model, teacher.key)
+        if teacher.backend is TeacherBackend.server:
+            from teachers.server import ServerScorer
+
+            return ServerScorer(teacher, self.cfg)
+        from teachers.scorer import Scorer
+
+        return Scorer(teacher.path, self.model, self.cfg.dtype, self.device)
+
+
+def base_of(key: str) -> str:
+    """Fingerprint of the base in that of a teacher, BASE or BASE+ADAPTER."""
+    return key.partition("+")[0]

@@ -12,24 +12,23 @@ from posttrain.config import MOPDRun, PolicyAlgorithm, PolicyRun, RLRun
 from posttrain.data.sources import load_prompts, source_weights
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
+from posttrain.live_teachers import LiveTeachers, Record
 from posttrain.loop import PolicyLoop
 from posttrain.records import LossSettings, Prompt, SamplingSettings
 from posttrain.run_folder import RunFolder, plain
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
+from teachers.teacher import resolve
 
 PROBE_PROMPTS = 4
 
 
-def run_policy(
-    cfg: RLRun | MOPDRun, engines: Engines | None, teacher_paths: dict[str, str], headline: list[str]
-) -> str:
+def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str]) -> str:
     """Train a policy on its own samples, and return the folder of the finished model.
 
     Args:
         engines: living processes to use; None starts and ends its own.
-        teacher_paths: domain -> checkpoint; empty in RL.
         headline: metrics for the progress display.
     """
     folder = RunFolder.open(cfg)
@@ -50,11 +49,10 @@ def run_policy(
             engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed),
         ]
         rewards = engines.rewards(cfg.rewards, domains) if cfg.rewards else None
-        teachers = None
+        pool = record = None
         if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
-            teachers = engines.teachers(
-                cfg.teacher_workers, cfg.model, {d: teacher_paths[d] for d in domains}
-            )
+            record = Record.read(folder, resolve(cfg.teachers, domains, cfg.model.path))
+            pool = engines.teachers(cfg.teacher_workers, cfg.model, record.teachers)
         learner, rollouts = (s.result() for s in starting)
 
         # Where a former process of this run stopped.
@@ -66,6 +64,9 @@ def run_policy(
         with Tracker(
             folder.path, cfg.tracking, cfg.name, plain(cfg), cfg.algorithm.steps, first_step - 1, headline
         ) as tracker:
+            teachers = None
+            if pool is not None and record is not None and isinstance(cfg, MOPDRun):
+                teachers = LiveTeachers(pool, record, cfg, folder, tracker)
             loop = PolicyLoop(
                 algorithm=cfg.algorithm,
                 loss=loss_settings(cfg.algorithm),

@@ -77,7 +77,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def expect(path: str, groups: list[RolloutGroup]) -> list[np.ndarray]:
     ids = [rollout.token_ids for group in groups for rollout in group.rollouts]
-    return Scorer(path, ModelConfig(), Dtype.float32).score(ids, 100_000)
+    return [score.logprobs for score in Scorer(path, ModelConfig(), Dtype.float32).score(ids, 100_000)]
 
 
 @pytest.mark.integration

@@ -167,6 +167,8 @@ def test_one_line_names_key_value_and_way_out(command, override, expected):
         ("eval", "rollout.num_gpus_per_worker=-1.0 rollout.cores_per_worker=0"),
         ("mopd", "teacher_workers.num_workers=0 teacher_workers.max_initial_kl=0.0"),
         ("mopd", "teacher_workers.max_tokens_per_batch=0 teacher_workers.cores_per_worker=0"),
+        ("mopd", "teacher_workers.server_concurrency=0 teacher_workers.server_timeout_s=0.0"),
+        ("mopd", "teacher_workers.server_retries=-1"),
         ("pipeline", "rl.algorithm.updates_per_batch=0 mopd.learner.eps=0.0 sft.algorithm.steps=0"),
     ],
 )

@@ -16,6 +16,7 @@ from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
 from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
 from teachers import scorer as scorer_module
 from teachers.scorer import Scorer, TeacherScoreError, plan_batches
+from teachers.teacher import Teacher
 from teachers.worker import TeacherWorker
 from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
 
@@ -61,8 +62,8 @@ def test_batched_scores_equal_each_sequence_alone(
 ) -> None:
     path = request.getfixturevalue(family)
     token_ids = sequences(LENGTHS)
-    scores = Scorer(str(path), ModelConfig(path=str(path)), Dtype.float32).score(token_ids, max_tokens)
-    for ids, score in zip(token_ids, scores, strict=True):
+    found = Scorer(str(path), ModelConfig(path=str(path)), Dtype.float32).score(token_ids, max_tokens)
+    for ids, score in zip(token_ids, [s.logprobs for s in found], strict=True):
         assert score.dtype == np.float32 and score.shape == ids.shape and score[0] == 0.0
         np.testing.assert_allclose(score, reference(path, ids), atol=2e-5)
 
@@ -72,7 +73,7 @@ def test_chunks_of_the_softmax_change_nothing(qwen3_moe: Path, monkeypatch: pyte
     whole = scorer.score(sequences(LENGTHS), 512)
     monkeypatch.setattr(scorer_module, "SOFTMAX_CHUNK_ELEMENTS", 7 * scorer.vocab_size)
     for one, other in zip(whole, scorer.score(sequences(LENGTHS), 512), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
 
 
 def test_softmax_never_holds_more_logits_than_the_chunk(
@@ -81,7 +82,8 @@ def test_softmax_never_holds_more_logits_than_the_chunk(
     scorer = Scorer(str(qwen3_moe), ModelConfig(), Dtype.float32)
     monkeypatch.setattr(scorer_module, "SOFTMAX_CHUNK_ELEMENTS", 5 * scorer.vocab_size)
     rows: list[int] = []
-    scorer.head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    head = scorer.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
     scorer.score(sequences([64, 64]), 512)
     assert max(rows) == 5 and sum(rows) == 2 * 63
 
@@ -90,7 +92,8 @@ def test_softmax_never_holds_more_logits_than_the_chunk(
 def test_types_and_dense_models(build: Callable[..., Path], tmp_path: Path) -> None:
     """bfloat16 scores are near float32 ones but not equal; a dense model loads with the default experts option."""
     path = str(build(tmp_path / "model"))
-    full, half = (Scorer(path, ModelConfig(), dtype).score(sequences([60]), 512)[0] for dtype in Dtype)
+    scorers = [Scorer(path, ModelConfig(), dtype) for dtype in Dtype]
+    full, half = (scorer.score(sequences([60]), 512)[0].logprobs for scorer in scorers)
     assert half.dtype == np.float32
     assert 0 < np.abs(full - half).max() < 0.1
 
@@ -124,7 +127,7 @@ def test_nan_score_stops_with_the_name_of_the_sequence(tmp_path: Path) -> None:
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     scorer = Scorer(str(path), ModelConfig(), Dtype.float32)
     clean = scorer.score([np.array([1, 2, 3], np.int32)], 512)
-    assert np.isfinite(clean[0]).all()
+    assert np.isfinite(clean[0].logprobs).all()
     with pytest.raises(TeacherScoreError, match=r"gave nan for token [1-3] of second \(4 tokens\)"):
         scorer.score([np.array([1, 2], np.int32), np.array([1, 2, 7, 3], np.int32)], 512, ["first", "second"])
 
@@ -194,9 +197,9 @@ def test_worker_keeps_order_and_marks_failed_rollouts(
     ]
     monkeypatch.setattr("teachers.worker.ray.get", lambda refs: refs)
     worker = TeacherWorker(TeacherWorkerConfig(max_tokens_per_batch=64, cores_per_worker=1), ModelConfig())
-    scores = worker.score("fingerprint", path, "runs/teacher", groups)
+    scores = worker.score("fingerprint", Teacher(key="teachers.d", path=path), "runs/teacher", groups)
     expected = Scorer(path, ModelConfig(), Dtype.float32).score(ids, 64)
     assert [score.teacher for score in scores] == ["runs/teacher"] * 4
     for i in (0, 1, 3):
-        np.testing.assert_allclose(scores[i].logprobs, expected[i], atol=1e-5)
+        np.testing.assert_allclose(scores[i].logprobs, expected[i].logprobs, atol=1e-5)
     assert scores[2].logprobs.shape == (12,) and np.isnan(scores[2].logprobs).all()
