@@ -38,7 +38,12 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     prompts = training_prompts(cfg, tokenizer)
     domains = sorted({p.domain for p in prompts})
-    scheduler = Scheduler(by_source(prompts), source_weights(cfg.data), cfg.seed)
+    scheduler = Scheduler(
+        by_source(prompts),
+        source_weights(cfg.data),
+        cfg.seed,
+        identify=lambda p: p.prompt_id.encode() + p.token_ids.tobytes(),
+    )
 
     with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
         # Engines start side by side; imports are most of it.
@@ -48,12 +53,16 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
             ),
             engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed),
         ]
-        rewards = engines.rewards(cfg.rewards, domains) if cfg.rewards else None
+        rewards = engines.rewards(cfg.rewards, cfg.reward_workers, domains) if cfg.rewards else None
         pool = record = None
-        if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
+        needs_teachers = isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0
+        if isinstance(cfg, MOPDRun) and needs_teachers:
+            engines.teachers(cfg.teacher_workers, cfg.model, {})
+        learner, rollouts = (s.result() for s in starting)
+        assert learner.info is not None  # it has its GPUs; the teachers get what is left
+        if isinstance(cfg, MOPDRun) and needs_teachers:
             record = Record.read(folder, resolve(cfg.teachers, domains, cfg.model.path))
             pool = engines.teachers(cfg.teacher_workers, cfg.model, record.teachers)
-        learner, rollouts = (s.result() for s in starting)
 
         # Where a former process of this run stopped.
         first_step = 1
