@@ -115,6 +115,12 @@ class MergeMethod(StrEnum):
     task_arithmetic = "task_arithmetic"
 
 
+class TeacherBackend(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
+    server = "server"
+
+
 class WandbMode(StrEnum):
     offline = "offline"
     online = "online"
@@ -494,7 +500,14 @@ def mopd_algorithm() -> PolicyAlgorithm:
 @dataclass(kw_only=True, slots=True)
 class TeacherConfig:
     path: str | None = None
-    """Frozen checkpoint of this domain's teacher. In `pipeline`, null means: trained here, see train."""
+    """Frozen checkpoint of this domain's teacher; of `teachers.default`: of every domain without a teacher of its own.
+    With backend=server the URL http://HOST:PORT. In `pipeline`, null means: trained here, see train."""
+    backend: TeacherBackend = TeacherBackend.transformers
+    """transformers: in the teacher workers; vllm: an engine of its own that only prefills; server: `vllm serve` at path."""
+    adapter: str | None = None
+    """LoRA adapter (PEFT directory) on top of path, or of the start model where path is null; one base serves many."""
+    model: str | None = None
+    """backend=server only: the name under which the server holds the teacher."""
     train: TeacherTraining = TeacherTraining.rl
     """pipeline only: rl (from the SFT model), sft (on the domain's own data) or none (path, or the SFT model itself). In
     later rounds the former student takes the place of the SFT model."""
@@ -516,16 +529,32 @@ class TeacherWorkerConfig:
     cores_per_worker: int | None = None
     """Torch threads of a worker (CPU only); null: all cores."""
     num_gpus_per_worker: float | None = None
-    """GPUs for each worker; null: 1 where there are GPUs to spare, else 0."""
+    """GPUs for each worker; null: 1 where there are GPUs to spare, else 0 (backend=vllm: tensor_parallel_size)."""
     max_initial_kl: float = 2.0
     """Preflight refuses a teacher whose mean |log-ratio| to the student on the student's own samples is above this."""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Passed to the engine of each backend=vllm teacher under vLLM's own option names."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key of backend=server teachers; null: they need none."""
+    server_concurrency: int = 16
+    """Texts that are with one server at the same time."""
+    server_timeout_s: float = 300.0
+    """Seconds that a server may take for one text."""
+    server_retries: int = 4
+    """Times a text is sent again after a timeout, a lost connection or an overloaded server; then the run stops."""
 
     def __post_init__(self) -> None:
         require_at_least(
-            1, "teacher_workers", self, "num_workers", "max_tokens_per_batch", "cores_per_worker"
+            1,
+            "teacher_workers",
+            self,
+            "num_workers",
+            "max_tokens_per_batch",
+            "cores_per_worker",
+            "server_concurrency",
         )
-        require_at_least(0, "teacher_workers", self, "num_gpus_per_worker")
-        require_above(0, "teacher_workers", self, "max_initial_kl")
+        require_at_least(0, "teacher_workers", self, "num_gpus_per_worker", "server_retries")
+        require_above(0, "teacher_workers", self, "max_initial_kl", "server_timeout_s")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -724,7 +753,7 @@ class MOPDRun(PolicyRun):
     """Train on this domain's prompts only, with its teacher alone; null: all."""
     algorithm: PolicyAlgorithm = field(default_factory=mopd_algorithm)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
-    """Teacher of each domain: `teachers.math.path=DIR`."""
+    """Teacher of each domain: `teachers.math.path=DIR`; `teachers.default` serves domains without one."""
     teacher_workers: TeacherWorkerConfig = field(default_factory=TeacherWorkerConfig)
 
 

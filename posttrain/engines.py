@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rewards.pool import RewardPool
     from rollout.pool import RolloutPool
     from teachers.pool import TeacherPool
+    from teachers.teacher import Teacher
 
 # What a learner process cannot change while it lives; everything else is set anew by `reset`.
 _LEARNER_SHAPE = (
@@ -120,11 +121,11 @@ class Engines:
         self,
         cfg: TeacherWorkerConfig,
         model: ModelConfig,
-        paths: dict[str, str],
+        teachers: dict[str, Teacher],
         signal: str = "sampled",
         top_k: int = 64,
     ) -> TeacherPool:
-        """Teacher workers that hold one frozen checkpoint per domain; ``paths`` may be empty to start them early."""
+        """Teacher workers that hold the teacher of every domain; ``teachers`` may be empty to start them early."""
         from teachers.pool import TeacherPool
 
         key = (_without_path(model), asdict(cfg))
@@ -132,10 +133,10 @@ class Engines:
             self._teachers.shutdown()
             self._teachers = None
         if self._teachers is None:
-            self._teachers = TeacherPool.start(cfg, model)
+            self._teachers = TeacherPool(cfg, model) if teachers else TeacherPool.start(cfg, model)
             self._teachers_key = key
-        if paths:
-            self._teachers.set_teachers(paths, signal, top_k)
+        if teachers:
+            self._teachers.set_teachers(teachers, signal, top_k)
         return self._teachers
 
     def shutdown(self) -> None:

@@ -14,6 +14,7 @@ from posttrain.config import (
     RunConfig,
     SampleRun,
     SFTRun,
+    TeacherBackend,
     UserError,
 )
 
@@ -47,12 +48,23 @@ def gpus_of(cfg: RunConfig, available: int) -> dict[str, float]:
         default = some * int(cfg.rollout.vllm.get("tensor_parallel_size", 1))
         use["rollout"] = cfg.rollout.num_workers * (default if each is None else each)
     if isinstance(cfg, MOPDRun | PipelineRun):
-        each = cfg.teacher_workers.num_gpus_per_worker
-        spare = available - sum(use.values()) >= cfg.teacher_workers.num_workers
-        use["teacher_workers"] = cfg.teacher_workers.num_workers * (
-            (1.0 if spare else 0.0) if each is None else each
-        )
+        each, counts = cfg.teacher_workers.num_gpus_per_worker, teacher_processes(cfg)
+        shared, engines = counts[TeacherBackend.transformers], counts[TeacherBackend.vllm]
+        default = some * int(cfg.teacher_workers.vllm.get("tensor_parallel_size", 1))
+        use["teacher_workers"] = engines * (default if each is None else each)
+        spare = available - sum(use.values()) >= shared
+        use["teacher_workers"] += shared * ((1.0 if spare else 0.0) if each is None else each)
     return use
+
+
+def teacher_processes(cfg: MOPDRun | PipelineRun) -> dict[TeacherBackend, int]:
+    """Worker processes by back end: Transformers shares ``num_workers``, a vLLM engine or a server has one of its own."""
+    held: dict[TeacherBackend, set[str]] = {backend: set() for backend in TeacherBackend}
+    for domain, teacher in cfg.teachers.items():
+        held[teacher.backend].add(f"{teacher.path or domain}#{teacher.model}")
+    counts = {backend: len(names) for backend, names in held.items()}
+    used = held[TeacherBackend.transformers] or not cfg.teachers
+    return counts | {TeacherBackend.transformers: cfg.teacher_workers.num_workers if used else 0}
 
 
 def _gpus_of_learner(learner: LearnerConfig, default: float) -> float:
@@ -77,7 +89,7 @@ def check_gpus(cfg: RunConfig, notes: list[str]) -> None:
     for name in ("rollout", "teacher_workers"):
         each = getattr(getattr(cfg, name, None), "num_gpus_per_worker", None)
         if each and use[name] > available:
-            workers = getattr(cfg, name).num_workers
+            workers = round(use[name] / each)
             raise UserError(
                 f"{name}.num_gpus_per_worker={each:g}: {workers} workers need {use[name]:g} GPUs and this machine has"
                 f" {available}; give {name}.num_gpus_per_worker=0 or join a cluster with ray.address"

@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from posttrain.advantages import group_advantages, overlong_penalties
 from posttrain.alarms import Alarms
 from posttrain.config import Dtype, Overlong, PolicyAlgorithm, UserError
 from posttrain.held_out import HeldOut
 from posttrain.learner.group import LearnerGroup
+from posttrain.live_teachers import LiveTeachers
 from posttrain.records import (
     GroupSummary,
     LossSettings,
@@ -46,7 +48,6 @@ from posttrain.tracking.jsonl import read_jsonl
 from posttrain.weighting import GapFollower, token_weights
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
-from teachers.pool import TeacherPool
 from teachers.preflight import check_gap
 
 TRAINABLE = (RolloutStatus.completed, RolloutStatus.truncated)
@@ -106,7 +107,7 @@ class PolicyLoop:
         rollouts: RolloutPool,
         learner: LearnerGroup,
         rewards: RewardPool | None,
-        teachers: TeacherPool | None,
+        teachers: LiveTeachers | None,
         tracker: Tracker,
         folder: RunFolder,
         checkpoint_every: int,
@@ -128,6 +129,7 @@ class PolicyLoop:
         self.learner = learner
         self.rewards = rewards
         self.teachers = teachers
+        self.heads: dict[int, ray.ObjectRef] = {}  # as the learner has them
         self.tracker = tracker
         self.folder = folder
         self.checkpoint_every = checkpoint_every
@@ -144,7 +146,6 @@ class PolicyLoop:
         self.num_quarantined = len(rollouts.quarantined)  # of former stages on the same workers
         self.num_restarts = rollouts.num_restarts
         self.probe_limit: float | None = None  # set by the first push
-        self.checked_teachers: set[str] = set()
         self.alarms = Alarms()
 
     def run(self, first_step: int) -> None:
@@ -157,13 +158,18 @@ class PolicyLoop:
             self.tracker.log(0, self.held_out.measure_start(lambda: self.update_weights(0), self.sort_in))
         for step in range(first_step, last_step + 1):
             clock = Clock()
+            if self.teachers is not None:
+                self.teachers.read_file(step)
             with clock("generate"):
                 for ahead in range(step, min(step + self.algorithm.max_off_policy_steps, last_step) + 1):
                     self.submit_wave(ahead)
                 wave = self.collect(step, clock)
             if self.teachers is not None:
                 self.check_teachers(wave)
+                self.set_heads(self.teachers.heads)
             samples, metrics = self.batch(wave, step)
+            if self.teachers is not None:
+                metrics["teacher/version"] = self.teachers.version
             is_sampled_step = step % self.rollout_every_steps == 0 or step == last_step
             if is_sampled_step and self.rollouts.info.records_routes:
                 with clock("mismatch"):  # before the update: this policy sampled this batch
@@ -237,7 +243,7 @@ class PolicyLoop:
         # Finished groups come in the order of their luck; the order of drawing makes a batch reproducible.
         wave.done.sort(key=lambda c: c.summary.group_id)
         with clock("teacher"):
-            self.score_teachers(wave)
+            self.score_teachers(wave.done)
         return wave
 
     def sort_in(self, arrived: list[tuple[Any, GroupSummary]], lost: list[str]) -> None:
@@ -270,12 +276,12 @@ class PolicyLoop:
             for error in sorted({r.error for r, status in sampled if r.error and status in TRAINABLE}):
                 self.tracker.event("reward_error", group_id=collected.summary.group_id, error=error)
 
-    def score_teachers(self, wave: Wave) -> None:
+    def score_teachers(self, groups: list[Collected]) -> None:
         """One call per domain, results stay with their teacher; waits, so that CPU teachers leave the learner alone."""
         if self.teachers is None:
             return
         by_domain: dict[str, list[Collected]] = defaultdict(list)
-        for collected in wave.done:
+        for collected in groups:
             by_domain[collected.summary.domain].append(collected)
         refs = []
         for domain, members in by_domain.items():
@@ -289,31 +295,49 @@ class PolicyLoop:
         assert len(ready) == len(refs)
 
     def check_teachers(self, wave: Wave) -> None:
-        """Before a domain's first update: how far its teacher is from the student on the student's own samples.
+        """Before a domain's first update by a teacher: how far that is from the student on the student's own samples.
+        A teacher that came during the run and fails goes, and the former one scores the wave again.
 
         Raises:
-            UserError: a teacher is further away than ``max_teacher_gap``.
+            UserError: one of the first teachers is further away than ``max_teacher_gap``.
         """
+        assert self.teachers is not None
         by_domain: dict[str, list[Collected]] = defaultdict(list)
         for collected in wave.done:
             if (
                 collected.summary.statuses[0] in TRAINABLE
-                and collected.summary.domain not in self.checked_teachers
+                and collected.summary.domain in self.teachers.unchecked
             ):
                 by_domain[collected.summary.domain].append(collected)
         for domain, members in by_domain.items():
-            scores = ray.get(members[0].teacher_ref)
-            rollouts = [group.rollouts[0] for group in ray.get([c.ref for c in members])]
-            row = check_gap(
-                domain,
-                scores[0].teacher,
-                [scores[c.teacher_offset].logprobs for c in members],
-                [r.rollout_logprobs for r in rollouts],
-                [r.loss_mask for r in rollouts],
-                self.max_teacher_gap,
-            )
+            try:  # what came during the run must not end it
+                row = self.teacher_gap(domain, members)
+            except (UserError, RayError) as error:
+                if not self.teachers.take_back(domain, wave.step, error):
+                    raise
+                self.score_teachers([c for c in wave.done if c.summary.domain == domain])
+                row = self.teacher_gap(domain, members)
             self.tracker.event("preflight", **row)
-            self.checked_teachers.add(domain)
+            self.teachers.accept(domain)
+
+    def set_heads(self, heads: dict[int, ray.ObjectRef]) -> None:
+        """Give the learner the LM heads of the teachers in use, when they are others than before."""
+        if heads != self.heads:
+            self.learner.set_heads(heads)
+            self.heads = heads
+
+    def teacher_gap(self, domain: str, members: list[Collected]) -> dict[str, Any]:
+        """`check_gap` on the first rollout of each group."""
+        scores = ray.get(members[0].teacher_ref)
+        rollouts = [group.rollouts[0] for group in ray.get([c.ref for c in members])]
+        return check_gap(
+            domain,
+            scores[0].teacher,
+            [scores[c.teacher_offset].logprobs for c in members],
+            [r.rollout_logprobs for r in rollouts],
+            [r.loss_mask for r in rollouts],
+            self.max_teacher_gap,
+        )
 
     def is_equal(self, collected: Collected) -> bool:
         """True when the outcome advantage of every member is zero, so that the group teaches nothing."""

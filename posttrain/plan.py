@@ -20,8 +20,9 @@ from posttrain.config import (
     RunConfig,
     SampleRun,
     SFTRun,
+    TeacherBackend,
 )
-from posttrain.gpus import gpus_of, num_gpus
+from posttrain.gpus import gpus_of, num_gpus, teacher_processes
 from posttrain.run_folder import plain
 from posttrain.validate import Report
 
@@ -64,10 +65,11 @@ def processes(cfg: RunConfig, num_parameters: int | None) -> list[Processes]:
     if isinstance(cfg, MOPDRun | PipelineRun):
         teachers = cfg.teacher_workers
         cores = teachers.cores_per_worker or os.cpu_count() or 1
-        each = BYTES[teachers.dtype] * max(len(cfg.teachers), 1)
-        found.append(
-            _row("teachers", teachers.num_workers, cores, use["teacher_workers"], num_parameters, each)
-        )
+        count = sum(teacher_processes(cfg).values())
+        bases = {(t.backend, t.path or (t.adapter and cfg.model.path) or d) for d, t in cfg.teachers.items()}
+        local = [base for base in bases if base[0] is not TeacherBackend.server]
+        each = BYTES[teachers.dtype] * (len(local) if bases else 1)
+        found.append(_row("teachers", count, cores, use["teacher_workers"], num_parameters, each))
     return found
 
 
@@ -107,7 +109,9 @@ def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
             )
     for row in report.teachers:
         console.print(
-            f"teacher   {row['domain']}: {row['path']} ({row['result']})", soft_wrap=True, highlight=False
+            f"teacher   {row['domain']}: {row['path']} ({row['backend']}, {row['result']})",
+            soft_wrap=True,
+            highlight=False,
         )
     for note in report.notes:
         console.print(f"note      {note}", soft_wrap=True, highlight=False)

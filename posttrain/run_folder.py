@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from posttrain import disk, manifest
-from posttrain.config import RUNS, MergeRun, PipelineRun, RunConfig, UserError
+from posttrain.config import RUNS, MergeRun, PipelineRun, RunConfig, TeacherBackend, UserError
 from posttrain.lineage import collect
 from posttrain.stages import check_steps
 
@@ -290,7 +290,10 @@ def _move_aside(path: Path, cfg: RunConfig) -> None:
 def _check_inputs(path: Path, cfg: RunConfig) -> None:
     """No run reads a model where it would write its own."""
     for key, value in _inputs(cfg).items():
-        if (path / "model") in [Path(value).absolute(), *Path(value).absolute().parents]:
+        if key.endswith(("path", "adapter")) and (path / "model") in [
+            Path(value).absolute(),
+            *Path(value).absolute().parents,
+        ]:
             raise UserError(
                 f"{key}={value!r}: this run would write its own model there; choose another name="
             )
@@ -362,8 +365,10 @@ def _inputs(cfg: RunConfig) -> dict[str, str]:
         for group in ("sources", "eval_sources"):
             found |= {f"{section}.{group}.{n}.path": s.path for n, s in getattr(data, group).items()}
     for domain, teacher in getattr(cfg, "teachers", {}).items():
-        if teacher.path is not None:
+        if teacher.path is not None and teacher.backend is not TeacherBackend.server:
             found[f"teachers.{domain}.path"] = teacher.path
+        if teacher.adapter is not None:
+            found[f"teachers.{domain}.adapter"] = teacher.adapter
     return found
 
 
@@ -372,11 +377,18 @@ def _value(cfg: RunConfig, key: str) -> str:
 
 
 def _fingerprints(cfg: RunConfig) -> dict[str, str]:
+    from teachers.adapter import adapter_fingerprint
     from teachers.fingerprint import fingerprint
 
-    keys = {k: v for k, v in _inputs(cfg).items() if not k.startswith(("data.", "sft_data."))}
-    revisions = {"model.path": cfg.model.revision}
-    return {key: fingerprint(path, key, revisions.get(key)) for key, path in keys.items()}
+    found = {}
+    for key, path in _inputs(cfg).items():
+        if key.startswith(("data.", "sft_data.")):
+            continue
+        if key.startswith("teachers.") and key.endswith(".adapter"):
+            found[key] = adapter_fingerprint(path, key)
+        else:
+            found[key] = fingerprint(path, key, cfg.model.revision if key == "model.path" else None)
+    return found
 
 
 def _yaml(cfg: RunConfig) -> str:

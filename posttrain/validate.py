@@ -28,14 +28,16 @@ from posttrain.config import (
     SampleRun,
     SFTRun,
     Signal,
+    TeacherBackend,
     TeacherTraining,
     UserError,
     require,
 )
 from posttrain.gpus import check_gpus, learners_of
 from posttrain.tracking.wandb_sink import check_account
+from teachers.check import check_teachers
 from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
-from teachers.preflight import check_files
+from teachers.teacher import build, resolve
 
 BIAS_ENDINGS = ("correction_bias", "expert_bias")  # of the tensors that learner.expert_bias_rate moves
 
@@ -441,6 +443,12 @@ def _check_step_eval(cfg: RunConfig) -> None:
         student = _architecture(cfg.model.path, "model.path", cfg.model.revision)
         for domain, teacher in cfg.teachers.items():
             require(
+                teacher.backend is not TeacherBackend.server and teacher.adapter is None,
+                "eval.teachers",
+                True,
+                f"teachers.{domain} is no whole checkpoint, which the student's engines could load; set it to false",
+            )
+            require(
                 teacher.path is None or _architecture(teacher.path, f"teachers.{domain}.path") == student,
                 "eval.teachers",
                 True,
@@ -454,13 +462,18 @@ def _architecture(path: str, key: str, revision: str | None = None) -> dict[str,
 
 
 def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str, Any]]:
-    paths = {domain: teacher.path for domain, teacher in cfg.teachers.items()}
+    _check_teacher_workers(cfg)
+    max_tokens = cfg.rollout.max_model_len
     if isinstance(cfg, MOPDRun):
-        paths = {domain: path for domain, path in paths.items() if cfg.domain in (None, domain)}
-        return (
-            check_files(cfg.model.path, paths, report.num_prompts, cfg.model.revision)
-            if cfg.algorithm.beta != 0
-            else []
+        if cfg.algorithm.beta == 0:
+            return []
+        return check_teachers(
+            resolve(cfg.teachers, report.num_prompts, cfg.model.path, cfg.domain),
+            cfg.model,
+            cfg.teacher_workers,
+            max_tokens,
+            cfg.algorithm.signal.value,
+            cfg.algorithm.top_k,
         )
     for domain in report.num_prompts:
         require(
@@ -498,5 +511,31 @@ def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str
             teacher.train.value,
             f"sft_data has no conversation of domain {domain!r}; use train=rl, or give teachers.{domain}.path=DIR",
         )
-    given: dict[str, str | None] = {domain: path for domain, path in paths.items() if path is not None}
-    return check_files(cfg.model.path, given, given, cfg.model.revision) if given else []
+        # A teacher is evaluated there too, which needs a checkpoint of its own.
+        require(
+            teacher.adapter is None,
+            f"teachers.{domain}.adapter",
+            teacher.adapter,
+            "the pipeline takes whole checkpoints; merge it into one, or use `posttrain mopd`",
+        )
+        require(
+            teacher.backend is not TeacherBackend.server,
+            f"teachers.{domain}.backend",
+            teacher.backend.value,
+            "the pipeline takes checkpoints; use `posttrain mopd`",
+        )
+    given = {d: build(d, t, None) for d, t in cfg.teachers.items() if t.path is not None}
+    return check_teachers(given, cfg.model, cfg.teacher_workers, max_tokens) if given else []
+
+
+def _check_teacher_workers(cfg: MOPDRun | PipelineRun) -> None:
+    """Settings of a back end that no teacher has would silently do nothing."""
+    used = {teacher.backend for teacher in cfg.teachers.values()}
+    for name, backend in (("vllm", TeacherBackend.vllm), ("api_key_env", TeacherBackend.server)):
+        value = getattr(cfg.teacher_workers, name)
+        require(
+            not value or backend in used,
+            f"teacher_workers.{name}",
+            value,
+            f"no teacher has backend={backend.value}; remove it, or set teachers.DOMAIN.backend={backend.value}",
+        )

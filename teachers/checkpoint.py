@@ -62,7 +62,7 @@ def locate(path: str, key: str, revision: str | None = None) -> Path:
 
 def read_config(folder: Path, key: str) -> dict[str, Any]:
     """config.json of the checkpoint. Raises `UserError` when it is not there or not JSON."""
-    return _read_json(folder / "config.json", folder, key)
+    return read_json(folder / "config.json", folder, key)
 
 
 def read_tensors(folder: Path, key: str) -> dict[str, TensorEntry]:
@@ -73,11 +73,11 @@ def read_tensors(folder: Path, key: str) -> dict[str, TensorEntry]:
     """
     tensors: dict[str, TensorEntry] = {}
     for file in _weight_files(folder, key):
-        for entry in _read_header(file, folder, key):
+        for entry in read_header(file, folder, key):
             tensors[entry.name] = entry
     index_file = folder / INDEX_NAME
     if index_file.exists():
-        promised = _read_json(index_file, folder, key)["weight_map"]
+        promised = read_json(index_file, folder, key)["weight_map"]
         absent = sorted(set(promised) - set(tensors))
         if absent:
             raise UserError(
@@ -91,7 +91,7 @@ def read_tensors(folder: Path, key: str) -> dict[str, TensorEntry]:
 def _weight_files(folder: Path, key: str) -> list[Path]:
     index_file = folder / INDEX_NAME
     if index_file.exists():
-        names = sorted(set(_read_json(index_file, folder, key)["weight_map"].values()))
+        names = sorted(set(read_json(index_file, folder, key)["weight_map"].values()))
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(
@@ -105,7 +105,8 @@ def _weight_files(folder: Path, key: str) -> list[Path]:
     raise UserError(f"{key}={str(folder)!r}: neither model.safetensors nor {INDEX_NAME} is there; {hint}")
 
 
-def _read_header(file: Path, folder: Path, key: str) -> list[TensorEntry]:
+def read_header(file: Path, folder: Path, key: str) -> list[TensorEntry]:
+    """Tensors of one safetensors file. Raises `UserError` for a damaged one."""
     way_out = "the file is truncated or damaged; copy it again"
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -144,7 +145,8 @@ def _read_header(file: Path, folder: Path, key: str) -> list[TensorEntry]:
     return entries
 
 
-def _read_json(file: Path, folder: Path, key: str) -> dict[str, Any]:
+def read_json(file: Path, folder: Path, key: str) -> dict[str, Any]:
+    """Content of a JSON file of ``folder``. Raises `UserError` when it is not there or not JSON."""
     if not file.is_file():
         raise UserError(
             f"{key}={str(folder)!r}: {file.name} is missing; give a Hugging Face checkpoint directory"

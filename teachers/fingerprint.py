@@ -1,4 +1,4 @@
-"""Fingerprint of a checkpoint's weights: the same for equal tensors, however they are cut into shards.
+"""Fingerprint of a checkpoint's (or adapter's) weights: the same for equal tensors, however they are cut into shards.
 
 Owns the hash and its cache (per process, by path, modification time and size of every shard). Says nothing of
 config or tokenizer, which `teachers.preflight` compares.
@@ -23,16 +23,20 @@ def fingerprint(path: str, key: str = "path", revision: str | None = None) -> st
 
     ``key`` is the config key that a `UserError` about missing or damaged files names, ``revision`` that of a hub id.
     """
-    tensors = read_tensors(locate(path, key, revision), key)
-    stamp = _stamp({entry.file for entry in tensors.values()})
-    if stamp not in _cache:
-        _cache[stamp] = _hash([tensors[name] for name in sorted(tensors)])
-    return _cache[stamp]
+    return hash_tensors(read_tensors(locate(path, key, revision), key))
 
 
 def num_bytes(path: str, key: str = "path") -> int:
     """Bytes of all tensors of the checkpoint, for placing it."""
     return sum(entry.end - entry.start for entry in read_tensors(locate(path, key), key).values())
+
+
+def hash_tensors(tensors: dict[str, TensorEntry]) -> str:
+    """`fingerprint` of tensors whose headers are read already."""
+    stamp = _stamp({entry.file for entry in tensors.values()})
+    if stamp not in _cache:
+        _cache[stamp] = _hash([tensors[name] for name in sorted(tensors)])
+    return _cache[stamp]
 
 
 def _stamp(files: set[Path]) -> tuple[tuple[str, int, int], ...]:

@@ -1,22 +1,41 @@
-"""Driver's handle on all teachers: which checkpoint scores which domain, and where it lives.
+"""Driver's handle on all teachers: which teacher scores which domain, and where it lives.
 
-Owns the mapping domain -> checkpoint -> workers. Equal checkpoints (by fingerprint) are held once; with more
-workers than checkpoints the spare workers hold copies, with fewer each holds several. Passes references, never
-tensors. Refuses a domain without teacher. A worker that dies is started again by Ray and loads what it is asked for.
+Owns the mapping domain -> teacher -> workers. Checkpoints in Transformers share ``teacher_workers.num_workers``
+workers: equal ones (by fingerprint) are held once, LoRA adapters sit on one copy of their base, and with more workers
+than checkpoints the spare workers hold copies. A vLLM engine or a server has a worker of its own, which ends with it.
+Passes references, never tensors. Refuses a domain without teacher. A worker that dies is started again by Ray and
+loads what it is asked for.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from posttrain.config import ModelConfig, TeacherWorkerConfig, UserError
+from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
+from teachers.check import teacher_fingerprint
 from teachers.checkpoint import locate
-from teachers.fingerprint import fingerprint, num_bytes
-from teachers.worker import TeacherWorker
+from teachers.fingerprint import num_bytes
+from teachers.teacher import Teacher
+from teachers.worker import TeacherWorker, base_of
 
 MAX_RESTARTS = 3  # of one worker, and of one scoring call
+
+
+@dataclass(kw_only=True, slots=True)
+class _Worker:
+    actor: Any
+    pending: list[ray.ObjectRef] = field(default_factory=list)  # open calls
+
+    @property
+    def num_pending(self) -> int:
+        if self.pending:
+            count = len(self.pending)
+            _, self.pending = ray.wait(self.pending, num_returns=count, timeout=0, fetch_local=False)
+        return len(self.pending)
 
 
 class TeacherPool:
@@ -25,69 +44,81 @@ class TeacherPool:
     def __init__(self, cfg: TeacherWorkerConfig, model: ModelConfig) -> None:
         self._cfg = cfg
         self._model = model
-        self._workers: list[Any] = []
-        self._pending: list[list[ray.ObjectRef]] = []  # open calls of each worker
-        self._names: dict[str, str] = {}  # domain -> path as the user gave it
-        self._keys: dict[str, str] = {}  # domain -> fingerprint
-        self._folders: dict[str, str] = {}  # fingerprint -> folder that is loaded
-        self._places: dict[str, list[int]] = {}  # fingerprint -> workers that hold it
+        self._shared: list[_Worker] = []  # Transformers
+        self._own: dict[str, _Worker] = {}  # teacher key -> worker of its engine or server
+        self._num_started = 0
+        self._names: dict[str, str] = {}  # domain -> teacher as the user named it
+        self._keys: dict[str, str] = {}  # domain -> key: back end and fingerprint
+        self._teachers: dict[str, Teacher] = {}  # key -> what is loaded
+        self._places: dict[str, list[_Worker]] = {}  # key of the base -> workers that hold it
         self._signal, self._top_k = "sampled", 64
-        self._head_ids: dict[str, int] = {}  # fingerprint -> number of its LM head; signal full
+        self._head_ids: dict[str, int] = {}  # key -> number of its LM head; signal full
         self.heads: dict[int, ray.ObjectRef] = {}  # number -> reference to the LM head [V, H]
 
     @classmethod
     def start(cls, cfg: TeacherWorkerConfig, model: ModelConfig) -> TeacherPool:
-        """Start the workers; they come up in the background and hold nothing until `set_teachers`.
+        """Start the shared workers; they come up in the background and hold nothing until `set_teachers`.
 
         Where there are GPUs and the config does not say how many teachers get, the workers start with the first
         `set_teachers` instead: what is to spare is only known once learner and rollout workers have theirs.
         """
         pool = cls(cfg, model)
         if cfg.num_gpus_per_worker is not None or ray.cluster_resources().get("GPU", 0.0) == 0:
-            pool._start_workers(cfg.num_gpus_per_worker or 0.0)
+            pool._start_shared()
         return pool
 
     def set_teachers(
-        self, teachers: dict[str, str], signal: str = "sampled", top_k: int = 64
+        self, teachers: dict[str, Teacher] | dict[str, str], signal: str = "sampled", top_k: int = 64
     ) -> list[dict[str, Any]]:
-        """Make ``teachers`` (domain -> checkpoint directory) the teachers, loading new ones and freeing former ones.
+        """Make ``teachers`` (domain -> teacher, or checkpoint directory) the teachers, loading new ones and freeing
+        former ones. Call it between two steps: former engines end at once.
 
         ``signal`` and ``top_k`` (`algorithm.signal`, `algorithm.top_k`) decide what `score` gives; with ``full`` the
         LM heads are in `heads`, equal ones once. Waits until all are loaded. Returns one row per worker for the
-        events of the run. Raises `UserError` for checkpoints that are not there or damaged, and for a signal that
-        a back end cannot give.
+        events of the run. Raises `UserError` for teachers that are not there or damaged, and for a signal that a
+        back end cannot give; then set the former ones again before scoring.
         """
-        if not self._workers:
-            spare = ray.available_resources().get("GPU", 0.0) >= self._cfg.num_workers
-            self._start_workers(1.0 if spare else 0.0)
-        keys = {domain: fingerprint(path, f"teachers.{domain}.path") for domain, path in teachers.items()}
-        folders: dict[str, str] = {}
-        for domain, path in teachers.items():
-            folders.setdefault(keys[domain], str(locate(path, f"teachers.{domain}.path").resolve()))
-        places = place({key: num_bytes(folder) for key, folder in folders.items()}, len(self._workers))
-        held = [
-            {key: folders[key] for key, indices in places.items() if i in indices}
-            for i in range(len(self._workers))
-        ]
-        rows = ray.get(
-            [
-                worker.set_teachers.remote(part, signal)
-                for worker, part in zip(self._workers, held, strict=True)
-            ]
-        )
-        self._names, self._keys, self._folders, self._places = dict(teachers), keys, folders, places
+        resolved = {
+            domain: Teacher(key=f"teachers.{domain}", path=teacher) if isinstance(teacher, str) else teacher
+            for domain, teacher in teachers.items()
+        }
+        keys = {domain: _key(teacher) for domain, teacher in resolved.items()}
+        loaded: dict[str, Teacher] = {}
+        for domain, teacher in resolved.items():
+            loaded.setdefault(keys[domain], _located(teacher))
+        shared = {key: t for key, t in loaded.items() if t.backend is TeacherBackend.transformers}
+        own = {key: t for key, t in loaded.items() if key not in shared}
+        for key in [key for key in self._own if key not in own]:
+            ray.kill(self._own.pop(key).actor)
+        if shared and not self._shared:
+            self._start_shared()
+        rows, places = self._load_shared(shared, signal)
+        new = [key for key in own if key not in self._own]
+        for key in new:
+            self._own[key] = self._start_own(own[key].backend)
+        try:
+            rows += ray.get(
+                [self._own[key].actor.set_teachers.remote({key: own[key]}, signal) for key in own]
+            )
+        except BaseException:
+            for key in new:
+                ray.kill(self._own.pop(key).actor)
+            raise
+        self._places = places | {key: [self._own[key]] for key in own}
+        self._names = {domain: teacher.name for domain, teacher in resolved.items()}
+        self._keys, self._teachers = keys, loaded
         self._signal, self._top_k = signal, top_k
         self._number_heads([row.pop("heads", {}) for row in rows])
         return [{"worker": i, **row} for i, row in enumerate(rows)]
 
     def _number_heads(self, held: list[dict[str, str]]) -> None:
-        """``held`` is fingerprint -> hash of the head, by worker. Fetches each head once."""
+        """``held`` is key -> hash of the head, by worker. Fetches each head once."""
         hashes = {key: digest for part in held for key, digest in part.items()}
         numbers = {digest: number for number, digest in enumerate(sorted(set(hashes.values())))}
         self._head_ids = {key: numbers[digest] for key, digest in hashes.items()}
         sources = {number: key for key, number in self._head_ids.items()}
         self.heads = {
-            number: self._workers[self._places[key][0]].head.remote(key, self._folders[key])
+            number: self._places[base_of(key)][0].actor.head.remote(key, self._teachers[key])
             for number, key in sources.items()
         }
 
@@ -100,7 +131,7 @@ class TeacherPool:
         """Reference to ``list[TeacherScores]``: every rollout of every group of one domain, in order.
 
         Goes to the worker with the fewest open calls among those that hold the teacher. Getting the reference
-        raises `teachers.scorer.TeacherScoreError` if the teacher gave a score that is not finite.
+        raises `teachers.scores.TeacherScoreError` if the teacher gave a score that is not finite.
         """
         if domain not in self._keys:
             raise UserError(
@@ -108,37 +139,72 @@ class TeacherPool:
                 f" {', '.join(self._keys)}); give teachers.{domain}.path=DIR"
             )
         key = self._keys[domain]
-        index = min(self._places[key], key=self._num_pending)
-        ref = self._workers[index].score.remote(
+        worker = min(self._places[base_of(key)], key=lambda worker: worker.num_pending)
+        ref = worker.actor.score.remote(
             key,
-            self._folders[key],
+            self._teachers[key],
             self._names[domain],
             list(group_refs),
             self._signal,
             self._top_k,
             self._head_ids.get(key),
         )
-        self._pending[index].append(ref)
+        worker.pending.append(ref)
         return ref
 
     def shutdown(self) -> None:
         """Stop the workers; open calls are lost."""
-        for worker in self._workers:
-            ray.kill(worker)
-        self._workers, self._pending = [], []
+        for worker in [*self._shared, *self._own.values()]:
+            ray.kill(worker.actor)
+        self._shared, self._own = [], {}
 
-    def _start_workers(self, num_gpus: float) -> None:
+    def _load_shared(
+        self, teachers: dict[str, Teacher], signal: str
+    ) -> tuple[list[dict[str, Any]], dict[str, list[_Worker]]]:
+        """Spread the bases over the shared workers, each adapter with its base."""
+        sizes = {base_of(key): num_bytes(teacher.path) for key, teacher in teachers.items()}
+        indices = place(sizes, len(self._shared))
+        held = [
+            {key: teacher for key, teacher in teachers.items() if i in indices[base_of(key)]}
+            for i in range(len(self._shared))
+        ]
+        rows = ray.get(
+            [w.actor.set_teachers.remote(part, signal) for w, part in zip(self._shared, held, strict=True)]
+        )
+        return rows, {base: [self._shared[i] for i in where] for base, where in indices.items()}
+
+    def _start_shared(self) -> None:
+        num_gpus = self._cfg.num_gpus_per_worker
+        if num_gpus is None:
+            spare = ray.available_resources().get("GPU", 0.0) >= self._cfg.num_workers
+            num_gpus = 1.0 if spare else 0.0
+        self._shared = [self._start(num_gpus) for _ in range(self._cfg.num_workers)]
+
+    def _start_own(self, backend: TeacherBackend) -> _Worker:
+        num_gpus = 0.0
+        if backend is TeacherBackend.vllm and ray.cluster_resources().get("GPU", 0.0):
+            given = self._cfg.num_gpus_per_worker
+            num_gpus = float(self._cfg.vllm.get("tensor_parallel_size", 1)) if given is None else given
+        return self._start(num_gpus, has_engine=backend is TeacherBackend.vllm)
+
+    def _start(self, num_gpus: float, has_engine: bool = False) -> _Worker:
         actor = ray.remote(TeacherWorker).options(
             num_cpus=0, num_gpus=num_gpus, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS
         )
-        self._workers = [actor.remote(self._cfg, self._model) for _ in range(self._cfg.num_workers)]
-        self._pending = [[] for _ in self._workers]
+        index, self._num_started = self._num_started, self._num_started + 1
+        return _Worker(actor=actor.remote(self._cfg, self._model, index, has_engine))
 
-    def _num_pending(self, index: int) -> int:
-        refs = self._pending[index]
-        if refs:
-            _, self._pending[index] = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-        return len(self._pending[index])
+
+def _key(teacher: Teacher) -> str:
+    return f"{teacher.backend.value}:{teacher_fingerprint(teacher)}"
+
+
+def _located(teacher: Teacher) -> Teacher:
+    """With absolute folders: a worker may have another working directory."""
+    if teacher.backend is TeacherBackend.server:
+        return teacher
+    adapter = teacher.adapter and str(Path(teacher.adapter).expanduser().resolve())
+    return replace(teacher, path=str(locate(teacher.path, f"{teacher.key}.path").resolve()), adapter=adapter)
 
 
 def place(sizes: dict[str, int], num_workers: int) -> dict[str, list[int]]:

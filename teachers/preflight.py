@@ -39,12 +39,13 @@ def check_files(
     teachers: dict[str, str | None],
     domains: Iterable[str],
     student_revision: str | None = None,
+    keys: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare every teacher's files with the student's; return one row per domain for events.jsonl.
 
     ``teachers`` maps domain -> path (None where the config has no path); ``domains`` are those of the prompts. Rows
     hold domain, path, fingerprint, result ("ok" or "self-teacher") and the domains that share the checkpoint.
-    Raises `UserError`.
+    ``keys`` are the config keys of the paths where they are not ``teachers.<domain>.path``. Raises `UserError`.
     """
     domains = sorted(set(domains))
     _check_mapping(teachers, domains)
@@ -53,7 +54,7 @@ def check_files(
     student_vocab_size = _vocab_size(read_config(student, "model.path"))
     rows: list[dict[str, Any]] = []
     for domain in domains:
-        key, path = f"teachers.{domain}.path", teachers[domain]
+        key, path = (keys or {}).get(domain, f"teachers.{domain}.path"), teachers[domain]
         assert path is not None
         folder = locate(path, key)
         config = read_config(folder, key)

@@ -12,13 +12,13 @@ import transformers
 
 from posttrain.config import Dtype, ModelConfig, UserError
 from teachers.backend import TokenScores, as_array
+from teachers.lora import Adapters
+from teachers.scores import TeacherScoreError, check_finite, check_ids
+
+__all__ = ["Scorer", "TeacherScoreError", "plan_batches", "token_logprobs"]
 
 SOFTMAX_CHUNK_ELEMENTS = 2**26  # float32 logits that exist at once: 256 MiB
 PROBE_TOKENS = 16
-
-
-class TeacherScoreError(RuntimeError):
-    """A teacher's score is not a number; the run stops."""
 
 
 class Scorer:
@@ -46,9 +46,14 @@ class Scorer:
             self.model.set_experts_implementation(model.experts_implementation)
         self.model.requires_grad_(False).eval().to(device)
         self.device = torch.device(device)
-        self.lm_head = self.model.get_output_embeddings()
         self.vocab_size = int(self.lm_head.weight.shape[0])
         self._check_head()
+        self.adapters = Adapters(self.model)
+
+    @property
+    def lm_head(self) -> torch.nn.Module:
+        """The head as it is now: an adapter may wrap it."""
+        return self.model.get_output_embeddings()
 
     def score(
         self,
@@ -69,18 +74,16 @@ class Scorer:
             wanted = [np.ones(len(token_ids[i]), bool) if masks is None else masks[i] for i in batch]
             scored = self._forward([token_ids[i] for i in batch], wanted, signal, top_k)
             for index, score in zip(batch, scored, strict=True):
-                if not np.isfinite(score.logprobs).all():
-                    position = int(np.flatnonzero(~np.isfinite(score.logprobs))[0])
-                    raise TeacherScoreError(
-                        f"teacher {self.path!r} gave {score.logprobs[position]} for token {position} of"
-                        f" {names[index] if names else index} ({len(score.logprobs)} tokens): its weights or its type are broken; the run stops"
-                    )
+                check_finite(score.logprobs, self.path, names[index] if names else str(index))
                 scores[index] = score
         return scores
 
     def head(self) -> torch.Tensor:
         """[V, H], or [V, H + 1] with the bias as the last column, which meets a 1 in `TokenScores.hidden`."""
         weight, bias = self.lm_head.weight, self.lm_head.bias
+        for name in getattr(self.lm_head, "active_adapters", ()):  # LoRA on the head itself
+            if not self.lm_head.disable_adapters and name in self.lm_head.lora_A:
+                weight = weight + self.lm_head.get_delta_weight(name)
         return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
     @torch.no_grad()
@@ -92,10 +95,7 @@ class Scorer:
         lengths = [len(ids) for ids in token_ids]
         tokens_BT = torch.zeros(len(token_ids), max(lengths), dtype=torch.long)
         for row, ids in enumerate(token_ids):
-            if len(ids) and int(ids.max()) >= self.vocab_size:
-                raise TeacherScoreError(
-                    f"teacher {self.path!r} knows {self.vocab_size} token ids and was asked for {int(ids.max())}"
-                )
+            check_ids(ids, self.path, self.vocab_size)
             tokens_BT[row, : len(ids)] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
         tokens_BT = tokens_BT.to(self.device)
         hidden_BTH = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state

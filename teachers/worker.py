@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from posttrain.config import ModelConfig, TeacherWorkerConfig, UserError
+from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from posttrain.records import RolloutGroup, RolloutStatus, TeacherScores
+from rollout.process import prepare
 from teachers.backend import as_array
+from teachers.teacher import Teacher
 
 if TYPE_CHECKING:
     from teachers.backend import Backend
@@ -28,44 +30,54 @@ SCORED = (RolloutStatus.completed, RolloutStatus.truncated)
 
 
 class TeacherWorker:
-    """Scores with one or several checkpoints, one call at a time."""
+    """Scores with one or several checkpoints and their adapters, or with one engine or server; one call at a time."""
 
-    def __init__(self, cfg: TeacherWorkerConfig, model: ModelConfig) -> None:
-        import torch
+    def __init__(
+        self, cfg: TeacherWorkerConfig, model: ModelConfig, index: int = 0, has_engine: bool = False
+    ) -> None:
+        """``index`` counts the workers of a machine; ``has_engine``: this process will hold a vLLM engine."""
+        if has_engine:
+            cores = cfg.cores_per_worker or len(os.sched_getaffinity(0))
+            prepare(index, cores, cfg.vllm.get("tensor_parallel_size", 1))
+        else:
+            import torch
 
-        import teachers.scorer  # noqa: F401  Transformers takes seconds to import; here nobody waits for it
+            import teachers.scorer  # noqa: F401  Transformers takes seconds to import; here nobody waits for it
 
-        torch.set_num_threads(cfg.cores_per_worker or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(cfg.cores_per_worker or len(os.sched_getaffinity(0)))
         self.cfg = cfg
         self.model = model
         self.device = "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
-        self.scorers: dict[str, Backend] = {}  # by fingerprint: a path may come to hold other weights
+        self.backends: dict[str, Backend] = {}  # by key of the base: a path may come to hold other weights
         if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
             logger.warning("teacher worker was restarted; it loads its teachers again")
 
-    def set_teachers(self, checkpoints: dict[str, str], signal: str = "sampled") -> dict[str, Any]:
-        """Hold exactly these checkpoints, fingerprint -> folder. Returns what is held, for the events of the run.
-
-        For the signal ``full`` also ``heads``: fingerprint -> hash of the LM head.
-        """
-        self.scorers = {key: scorer for key, scorer in self.scorers.items() if key in checkpoints}
-        for key, path in checkpoints.items():
-            self._scorer(key, path)
+    def set_teachers(self, teachers: dict[str, Teacher], signal: str = "sampled") -> dict[str, Any]:
+        """Hold exactly these, key -> teacher. Returns what is held, for the events of the run; for the signal ``full``
+        also ``heads``: key -> hash of the LM head."""
+        bases = {base_of(key) for key in teachers}
+        self.backends = {base: backend for base, backend in self.backends.items() if base in bases}
+        for backend in self.backends.values():
+            if adapters := getattr(backend, "adapters", None):
+                adapters.keep(set(teachers))
+        for key, teacher in teachers.items():
+            self._backend(key, teacher)
         row: dict[str, Any] = {
             "pid": os.getpid(),
             "device": self.device,
-            "paths": [s.path for s in self.scorers.values()],
+            "paths": [backend.path for backend in self.backends.values()],
+            "adapters": [teacher.adapter for teacher in teachers.values() if teacher.adapter],
         }
         if signal == "full":
-            row["heads"] = {key: _digest(self.head(key, path)) for key, path in checkpoints.items()}
+            row["heads"] = {key: _digest(self.head(key, teacher)) for key, teacher in teachers.items()}
         return row
 
-    def head(self, key: str, path: str) -> np.ndarray:
-        """LM head [V, H] of a checkpoint, in its own type. `UserError` where the back end has none to give."""
-        head = self._scorer(key, path).head()
+    def head(self, key: str, teacher: Teacher) -> np.ndarray:
+        """LM head [V, H] of ``teacher``, in its own type. `UserError` where the back end has none to give."""
+        head = self._backend(key, teacher).head()
         if head is None:
             raise UserError(
-                f"algorithm.signal='full': the back end that scores with {path!r} gives no hidden states; use"
+                f"algorithm.signal='full': {teacher.key}.backend={teacher.backend.value} gives no hidden states; use"
                 " algorithm.signal=top_k or sampled"
             )
         return as_array(head)
@@ -73,15 +85,15 @@ class TeacherWorker:
     def score(
         self,
         key: str,
-        path: str,
+        teacher: Teacher,
         name: str,
         group_refs: list[Any],
         signal: str = "sampled",
         top_k: int = 64,
         head_id: int | None = None,
     ) -> list[TeacherScores]:
-        """Scores of all rollouts of all groups, in order, by the checkpoint with fingerprint ``key`` in ``path``.
-        ``name`` and ``head_id`` go into `TeacherScores`.
+        """Scores of all rollouts of all groups, in order, by ``teacher``, whose key is ``key``. ``name`` and
+        ``head_id`` go into `TeacherScores`.
 
         A failed rollout never reaches the loss; its scores are NaN so that a use would be seen. Raises
         `TeacherScoreError`.
@@ -94,7 +106,7 @@ class TeacherWorker:
         ]
         scored = [i for i, rollout in enumerate(rollouts) if rollout.status in SCORED]
         masks = [rollouts[i].loss_mask for i in scored]
-        results = self._scorer(key, path).score(
+        results = self._backend(key, teacher).score(
             [token_ids[i] for i in scored],
             self.cfg.max_tokens_per_batch,
             [f"rollout {rollouts[i].rollout_id!r} of domain {rollouts[i].domain!r}" for i in scored],
@@ -113,12 +125,37 @@ class TeacherWorker:
             )
         return scores
 
-    def _scorer(self, key: str, path: str) -> Backend:
-        if key not in self.scorers:
-            from teachers.scorer import Scorer
+    def _backend(self, key: str, teacher: Teacher) -> Backend:
+        """What scores as ``teacher``, loaded if it is not here, with its adapter put on."""
+        base = base_of(key)
+        if base not in self.backends:
+            self.backends[base] = self._open(teacher)
+        backend = self.backends[base]
+        if adapters := getattr(backend, "adapters", None):  # models in this process alone take LoRA
+            try:
+                adapters.use(key if teacher.adapter else None, teacher.adapter)
+            except UserError:
+                del self.backends[base]  # part of the adapter may be on it
+                raise
+        return backend
 
-            self.scorers[key] = Scorer(path, self.model, self.cfg.dtype, self.device)
-        return self.scorers[key]
+    def _open(self, teacher: Teacher) -> Backend:
+        if teacher.backend is TeacherBackend.vllm:
+            from teachers.vllm_scorer import VllmScorer
+
+            return VllmScorer(teacher.path, self.cfg, self.model, teacher.key)
+        if teacher.backend is TeacherBackend.server:
+            from teachers.server import ServerScorer
+
+            return ServerScorer(teacher, self.cfg)
+        from teachers.scorer import Scorer
+
+        return Scorer(teacher.path, self.model, self.cfg.dtype, self.device)
+
+
+def base_of(key: str) -> str:
+    """Key of the base in that of a teacher, BASE or BASE+ADAPTER."""
+    return key.partition("+")[0]
 
 
 def _digest(array: np.ndarray) -> str:

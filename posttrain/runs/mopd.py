@@ -9,5 +9,4 @@ from posttrain.runs.policy import run_policy
 
 def run(cfg: MOPDRun, engines: Engines | None = None) -> str:
     """Train, and return the folder of the finished model. Resumes where the run folder stands."""
-    paths = {d: str(t.path) for d, t in cfg.teachers.items()} if cfg.algorithm.beta != 0 else {}
-    return run_policy(cfg, engines, paths, headline=["teacher/mean_abs", "reward/all", "length/all"])
+    return run_policy(cfg, engines, headline=["teacher/mean_abs", "reward/all", "length/all"])

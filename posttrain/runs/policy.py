@@ -13,6 +13,7 @@ from posttrain.data.sources import load_prompts, source_weights
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
 from posttrain.held_out import HeldOut
+from posttrain.live_teachers import LiveTeachers, Record
 from posttrain.loop import PolicyLoop
 from posttrain.records import LossSettings, Prompt, SamplingSettings
 from posttrain.run_folder import RunFolder, plain
@@ -24,18 +25,16 @@ from posttrain.weighting import GapFollower
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
 from teachers.fingerprint import fingerprint
+from teachers.teacher import Teacher, resolve
 
 PROBE_PROMPTS = 4
 
 
-def run_policy(
-    cfg: RLRun | MOPDRun, engines: Engines | None, teacher_paths: dict[str, str], headline: list[str]
-) -> str:
+def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str]) -> str:
     """Train a policy on its own samples, and return the folder of the finished model.
 
     Args:
         engines: living processes to use; None starts and ends its own.
-        teacher_paths: domain -> checkpoint; empty in RL.
         headline: metrics for the progress display.
     """
     folder = RunFolder.open(cfg)
@@ -46,6 +45,9 @@ def run_policy(
     prompts = training_prompts(cfg, tokenizer)
     domains = sorted({p.domain for p in prompts})
     held_out_prompts = evaluation_prompts(cfg, tokenizer)
+    taught: dict[str, Teacher] = {}
+    if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
+        taught = resolve(cfg.teachers, domains, cfg.model.path, cfg.domain)
     scheduler = Scheduler(
         by_source(prompts),
         source_weights(cfg.data),
@@ -63,17 +65,17 @@ def run_policy(
         ]
         rewarded = sorted({*domains, *held_out_prompts})
         rewards = engines.rewards(cfg.rewards, cfg.reward_workers, rewarded) if cfg.rewards else None
-        teachers = None
-        needs_teachers = isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0
-        if isinstance(cfg, MOPDRun) and needs_teachers:
+        pool = record = None
+        if isinstance(cfg, MOPDRun) and taught:
             engines.teachers(cfg.teacher_workers, cfg.model, {})
         learner, rollouts = (s.result() for s in starting)
         assert learner.info is not None  # it has its GPUs; the teachers get what is left
-        if isinstance(cfg, MOPDRun) and needs_teachers:
-            teachers = engines.teachers(
+        if isinstance(cfg, MOPDRun) and taught:
+            record = Record.read(folder, taught)
+            pool = engines.teachers(
                 cfg.teacher_workers,
                 cfg.model,
-                {d: teacher_paths[d] for d in domains},
+                record.teachers,
                 cfg.algorithm.signal.value,
                 cfg.algorithm.top_k,
             )
@@ -85,11 +87,12 @@ def run_policy(
             scheduler.load_state(checkpoint.state["scheduler"])
             gaps = GapFollower(checkpoint.state.get("gaps"))
             first_step = checkpoint.step + 1
-        if teachers is not None:
-            learner.set_heads(teachers.heads)
         with Tracker(
             folder.path, cfg.tracking, cfg.name, plain(cfg), cfg.algorithm.steps, first_step - 1, headline
         ) as tracker:
+            teachers = None
+            if pool is not None and record is not None and isinstance(cfg, MOPDRun):
+                teachers = LiveTeachers(pool, record, cfg, folder, tracker)
             loop = PolicyLoop(
                 algorithm=cfg.algorithm,
                 loss=loss_settings(cfg.algorithm),
@@ -109,7 +112,7 @@ def run_policy(
                 max_teacher_gap=cfg.teacher_workers.max_initial_kl if isinstance(cfg, MOPDRun) else 0.0,
                 rollout_samples=cfg.tracking.rollout_samples,
                 rollout_every_steps=cfg.tracking.rollout_every_steps,
-                held_out=held_out(cfg, held_out_prompts, rollouts, rewards, folder, teacher_paths),
+                held_out=held_out(cfg, held_out_prompts, rollouts, rewards, folder, taught),
                 gaps=gaps,
             )
             loop.run(first_step)
@@ -154,7 +157,7 @@ def held_out(
     rollouts: RolloutPool,
     rewards: RewardPool | None,
     folder: RunFolder,
-    teacher_paths: dict[str, str],
+    taught: dict[str, Teacher],
 ) -> HeldOut | None:
     """What evaluates the policy while it trains; None when nothing does."""
     if not prompts:
@@ -172,7 +175,7 @@ def held_out(
         "rewards": cfg.rewards,
         "environments": cfg.environments,
     }
-    teachers = teacher_paths if cfg.eval.teachers else {}
+    teachers = {d: teacher.path for d, teacher in taught.items()} if cfg.eval.teachers else {}
     return HeldOut(cfg.eval, prompts, settings, rollouts, rewards, folder, measured_on, teachers)
 
 

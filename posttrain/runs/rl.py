@@ -9,4 +9,4 @@ from posttrain.runs.policy import run_policy
 
 def run(cfg: RLRun, engines: Engines | None = None) -> str:
     """Train, and return the folder of the finished model. Resumes where the run folder stands."""
-    return run_policy(cfg, engines, teacher_paths={}, headline=["reward/all", "length/all", "truncated/all"])
+    return run_policy(cfg, engines, headline=["reward/all", "length/all", "truncated/all"])

@@ -185,6 +185,8 @@ def test_one_line_names_key_value_and_way_out(command, override, expected):
         ("mopd", "teacher_workers.max_tokens_per_batch=0 teacher_workers.cores_per_worker=0"),
         ("pipeline", "rl.algorithm.updates_per_batch=0 mopd.learner.eps=0.0 sft.algorithm.steps=0 rounds=0"),
         ("sample", "sample.num_samples=0 sample.num_prompts=0 sample.temperature=-0.5"),
+        ("mopd", "teacher_workers.server_concurrency=0 teacher_workers.server_timeout_s=0.0"),
+        ("mopd", "teacher_workers.server_retries=-1"),
     ],
 )
 def test_numbers_that_cannot_work(command, overrides):

@@ -16,6 +16,7 @@ from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
 from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
 from teachers import scorer as scorer_module
 from teachers.scorer import Scorer, TeacherScoreError, plan_batches
+from teachers.teacher import Teacher
 from teachers.worker import TeacherWorker
 from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
 
@@ -250,7 +251,7 @@ def test_worker_keeps_order_and_marks_failed_rollouts(
     ]
     monkeypatch.setattr("teachers.worker.ray.get", lambda refs: refs)
     worker = TeacherWorker(TeacherWorkerConfig(max_tokens_per_batch=64, cores_per_worker=1), ModelConfig())
-    scores = worker.score("fingerprint", path, "runs/teacher", groups)
+    scores = worker.score("fingerprint", Teacher(key="teachers.d", path=path), "runs/teacher", groups)
     expected = Scorer(path, ModelConfig(), Dtype.float32).score(ids, 64)
     assert [score.teacher for score in scores] == ["runs/teacher"] * 4
     for i in (0, 1, 3):

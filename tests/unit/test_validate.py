@@ -166,6 +166,17 @@ def test_held_out_prompts_that_are_trained_on_are_noted(world):
         ("pipeline", ["mopd.algorithm.signal=top_k_renorm", "mopd.algorithm.top_k=500"], "mopd.algorithm.top_k=500: the vocabulary"),
         ("rl", ["algorithm.beta=1"], "algorithm.beta=1.0: RL has no teachers"),
         ("pipeline", ["rl.algorithm.beta=1"], "rl.algorithm.beta=1.0: RL has no teachers"),
+        ("mopd", ["teachers.default.path=/x"], "teachers.default.path='/x': every domain (code, math) has a teacher of its own"),
+        ("mopd", ["~teachers.math", "teachers.default.path=/x"], "teachers.default.path='/x': no such directory"),
+        ("mopd", ["teachers.math.backend=vllm", "rollout.max_model_len=512"], "rollout.max_model_len=512: the context of teachers.math.path='{world}/teacher_math' is 512, and vLLM samples one"),
+        ("mopd", ["teachers.math.backend=server", "teachers.math.model=x"], "teachers.math.path='{world}/teacher_math': not the URL of a server"),
+        ("mopd", ["teachers.math.backend=server", "teachers.math.path=http://127.0.0.1:9", "teachers.math.model=x", "teacher_workers.server_retries=0"], "teachers.math.path='http://127.0.0.1:9': no answer to /v1/models in 1 tries"),
+        ("mopd", ["teachers.math.path=http://h:1"], "teachers.math.path='http://h:1': a URL; set teachers.math.backend=server"),
+        ("mopd", ["teachers.math.adapter={world}/mimo"], "teachers.math.adapter='{world}/mimo': no adapter_config.json"),
+        ("mopd", ["teacher_workers.vllm.tensor_parallel_size=2"], "teacher_workers.vllm={{'tensor_parallel_size': 2}}: no teacher has backend=vllm"),
+        ("mopd", ["teacher_workers.api_key_env=KEY"], "teacher_workers.api_key_env='KEY': no teacher has backend=server"),
+        ("pipeline", ["teachers.math.adapter=/x"], "teachers.math.adapter='/x': the pipeline takes whole checkpoints"),
+        ("pipeline", ["teachers.math.backend=server", "teachers.math.path=http://h:1", "teachers.math.model=m"], "teachers.math.backend='server': the pipeline takes checkpoints"),
         ("pipeline", ["~teachers.math"], "teachers.math=None: prompts of domain 'math' have no teacher"),
         ("pipeline", ["teachers.law.train=rl"], "teachers.law=None: no prompt belongs to domain 'law'"),
         ("pipeline", ["sft_data.path=null"], "sft_data.path is missing"),
@@ -302,6 +313,40 @@ def test_one_gpu_is_shared(world, monkeypatch):
     }
     found = refusal(world, "rl", "learner.num_gpus_per_rank=0.6", "learner.num_ranks=2")
     assert found.startswith("learner.num_gpus_per_rank=0.6: each of the 2 ranks needs a GPU of its own")
+
+
+def test_processes_and_gpus_follow_the_back_ends(world, monkeypatch):
+    engines = [f"teachers.{d}.backend=vllm" for d in ("math", "code")]
+    tensor_parallel = "teacher_workers.vllm.tensor_parallel_size=2"
+    one, both = config(world, "mopd", engines[0]), config(world, "mopd", *engines, tensor_parallel)
+    rows = {p.name: p for p in processes(one, 1000)}
+    assert rows["teachers"].count == 2, "one engine beside the shared worker"
+    assert gpus.gpus_of(both, 8) == {"learner": 1, "rollout": 1, "teacher_workers": 4}
+    assert gpus.gpus_of(one, 8) == {"learner": 1, "rollout": 1, "teacher_workers": 2}
+    assert gpus.gpus_of(one, 3)["teacher_workers"] == 1, (
+        "the shared worker takes a GPU only where one is to spare"
+    )
+    monkeypatch.setattr(gpus, "num_gpus", lambda: 4)
+    assert "asks for 6 GPUs" in refusal(world, "mopd", *engines, tensor_parallel)
+
+
+def test_a_default_teacher_and_an_adapter_are_shown(world, tmp_path, capsys):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(world / "mimo")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        str(tmp_path / "lora")
+    )
+    overrides = ["~teachers.math", f"teachers.default.adapter={tmp_path}/lora"]
+    cfg = config(world, "mopd", *overrides)
+    report = validate(cfg)
+    assert [(r["domain"], r["backend"], r["result"]) for r in report.teachers] == [
+        ("code", "transformers", "ok"),
+        ("math", "transformers", "ok"),
+    ]
+    print_plan("mopd", cfg, report)
+    assert f"math: {tmp_path}/lora" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_visible_gpus(monkeypatch):

@@ -1,0 +1,234 @@
+"""The teachers of a run, which may change between two steps: by call, or by the file `teachers.yaml` in its folder.
+
+Owns which teacher is in use (`teachers.json`, from which a resumed run goes on), its version, and the way back: a new
+teacher passes the same preflight as the first ones, and becomes final with its first gap check; one that fails either
+is an event, and the former teacher stays. Every change is an event with step, version and fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+import yaml
+from ray.exceptions import RayError
+
+from posttrain.config import MOPDRun, TeacherBackend, TeacherConfig, UserError
+from posttrain.run_folder import RunFolder
+from posttrain.tracking import Tracker
+from teachers.check import check_teachers, teacher_fingerprint
+from teachers.pool import TeacherPool
+from teachers.teacher import Teacher, build
+
+FILE, RECORD = "teachers.yaml", "teachers.json"
+SWAPPABLE = ("path", "backend", "adapter", "model")
+
+
+@dataclass(kw_only=True, slots=True)
+class Record:
+    """What `teachers.json` holds: the teachers that passed their checks."""
+
+    teachers: dict[str, Teacher]  # by domain
+    version: int = 1  # counts every change of what is in use, those that were taken back too
+    file: str | None = None  # sha256 of the `teachers.yaml` that was carried out
+
+    @classmethod
+    def read(cls, folder: RunFolder, configured: dict[str, Teacher]) -> Record:
+        """The record of a former process of this run, or the teachers of the config."""
+        content = folder.read_json(RECORD)
+        if content is None:
+            return cls(teachers=dict(configured))
+        teachers = {
+            domain: Teacher(**entry | {"backend": TeacherBackend(entry["backend"])})
+            for domain, entry in content["teachers"].items()
+        }
+        return cls(teachers=configured | teachers, version=content["version"], file=content["file"])
+
+
+class LiveTeachers:
+    """`TeacherPool` with a memory. ``record.teachers`` are loaded in ``pool`` already."""
+
+    def __init__(
+        self, pool: TeacherPool, record: Record, cfg: MOPDRun, folder: RunFolder, tracker: Tracker
+    ) -> None:
+        self._pool = pool
+        self._cfg = cfg
+        self._folder = folder
+        self._tracker = tracker
+        self._in_use = dict(record.teachers)
+        # domain -> the last teacher that passed, while a new one is on trial
+        self._former: dict[str, Teacher] = {}
+        self._fingerprints = {d: teacher_fingerprint(t) for d, t in record.teachers.items()}
+        self._stamp: tuple[int, int] | None = None
+        # sha256 of the file that was read last, and of the one that was carried out last
+        self._digest = self._done = record.file
+        self.version = record.version
+        self.unchecked = set(record.teachers)  # domains whose teacher waits for its gap check
+
+    def score(self, domain: str, group_refs: list[Any]) -> ray.ObjectRef:
+        """See `TeacherPool.score`."""
+        return self._pool.score(domain, group_refs)
+
+    @property
+    def heads(self) -> dict[int, ray.ObjectRef]:
+        """See `TeacherPool.heads`."""
+        return self._pool.heads
+
+    def read_file(self, step: int) -> None:
+        """Carry out `teachers.yaml` if it is new. A bad file is an event."""
+        file = self._folder.path / FILE
+        try:  # the user's file: it may come and go
+            stat = file.stat()
+            text = file.read_bytes() if (stat.st_mtime_ns, stat.st_size) != self._stamp else None
+        except OSError:
+            return
+        if text is None:
+            return
+        self._stamp = (stat.st_mtime_ns, stat.st_size)
+        digest = hashlib.sha256(text).hexdigest()
+        if digest == self._done:
+            return
+        self._digest = digest
+        try:  # a mistake here must not stop a run
+            self.set_teachers(self._parse(text), step)
+        except UserError as error:
+            self._tracker.event(
+                "teacher_swap_refused", step=step, version=self.version, message=f"{FILE}: {error}"
+            )
+
+    def set_teachers(self, teachers: dict[str, TeacherConfig], step: int) -> set[str]:
+        """Make these the teachers of their domains from ``step`` on; call it between two steps. Returns the domains
+        whose teacher changed.
+
+        Raises `UserError` for a teacher that preflight refuses or that cannot be loaded; the former ones stay.
+        """
+        for domain in teachers:
+            if domain not in self._in_use:
+                raise UserError(
+                    f"teachers.{domain}: this run has no domain {domain!r}; it has {', '.join(self._in_use)}"
+                )
+        new = {d: build(d, cfg, self._cfg.model.path) for d, cfg in teachers.items()}
+        workers, longest = self._cfg.teacher_workers, self._cfg.rollout.max_model_len
+        signal, top_k = self._cfg.algorithm.signal.value, self._cfg.algorithm.top_k
+        rows = {
+            row["domain"]: row
+            for row in check_teachers(new, self._cfg.model, workers, longest, signal, top_k)
+        }
+        changed = {d for d in new if self._is_other(d, new[d], rows[d]["fingerprint"])}
+        if not changed:
+            return changed
+        former = dict(self._in_use)
+        self._load(former | {d: new[d] for d in changed}, former)
+        self.version += 1
+        self.unchecked |= changed
+        for domain in sorted(changed):
+            self._former.setdefault(domain, former[domain])
+            self._fingerprints[domain] = rows[domain]["fingerprint"]
+            self._tracker.event(
+                "teacher_swap",
+                step=step,
+                version=self.version,
+                former=former[domain].name,
+                message=f"from step {step} on {domain} is taught by {new[domain].name}",
+                **rows[domain],
+            )
+        return changed
+
+    def accept(self, domain: str) -> None:
+        """The teacher of ``domain`` passed its gap check: from now on a resumed run uses it."""
+        self.unchecked.discard(domain)
+        if self._former.pop(domain, None) is not None:
+            self._save()
+
+    def take_back(self, domain: str, step: int, error: BaseException) -> bool:
+        """Return to the former teacher of ``domain``; False if there is none, because this one is not on trial."""
+        if domain not in self._former:
+            return False
+        refused, former = self._in_use[domain], self._former.pop(domain)
+        self._set(self._in_use | {domain: former})
+        self._in_use[domain] = former
+        self._fingerprints[domain] = teacher_fingerprint(former)
+        self.version += 1
+        self._tracker.event(
+            "teacher_swap_refused",
+            step=step,
+            version=self.version,
+            domain=domain,
+            path=refused.name,
+            fingerprint=self._fingerprints[domain],
+            message=f"{domain} goes back to {former.name}: {reason(error)}",
+        )
+        self._save()
+        return True
+
+    def _is_other(self, domain: str, teacher: Teacher, fingerprint: str) -> bool:
+        current = self._in_use[domain]
+        if teacher.backend is not current.backend:
+            return True
+        same_folders = (teacher.path, teacher.adapter) == (current.path, current.adapter)
+        if same_folders and teacher.model is None and fingerprint != self._fingerprints[domain]:
+            raise UserError(
+                f"{teacher.key}.path={teacher.name!r}: its weights changed in place, so that there would be no way"
+                " back; give the new teacher a folder of its own"
+            )
+        return fingerprint != self._fingerprints[domain]
+
+    def _load(self, wanted: dict[str, Teacher], former: dict[str, Teacher]) -> None:
+        try:  # a worker or its engine may die of it
+            self._set(wanted)
+        except (UserError, RayError) as error:
+            self._set(former)
+            raise UserError(f"the teachers could not be loaded: {reason(error)}") from error
+        self._in_use = wanted
+
+    def _set(self, teachers: dict[str, Teacher]) -> None:
+        algorithm = self._cfg.algorithm
+        self._pool.set_teachers(teachers, algorithm.signal.value, algorithm.top_k)
+
+    def _parse(self, text: bytes) -> dict[str, TeacherConfig]:
+        """`domain: path` (the back end stays), or `domain: {path: ..., backend: ..., adapter: ..., model: ...}`."""
+        try:  # written by the user, perhaps at this moment
+            content = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"not valid YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(content, dict):
+            raise UserError("a mapping is needed, `domain: path`")
+        return {str(domain): self._section(str(domain), entry) for domain, entry in content.items()}
+
+    def _section(self, domain: str, entry: Any) -> TeacherConfig:
+        if isinstance(entry, str):
+            current = self._in_use.get(domain)
+            kept: dict[str, Any] = (
+                {} if current is None else {"backend": current.backend, "model": current.model}
+            )
+            return TeacherConfig(path=entry, **kept)
+        if not isinstance(entry, dict) or not set(entry) <= set(SWAPPABLE):
+            raise UserError(
+                f"teachers.{domain}={entry!r}: give a path, or a mapping of {', '.join(SWAPPABLE)}"
+            )
+        backend = entry.get("backend", TeacherBackend.transformers.value)
+        if backend not in [b.value for b in TeacherBackend]:
+            raise UserError(f"teachers.{domain}.backend={backend!r}: choose {', '.join(TeacherBackend)}")
+        for name, value in entry.items():
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"teachers.{domain}.{name}={value!r}: a text is needed")
+        return TeacherConfig(**entry | {"backend": TeacherBackend(backend)})
+
+    def _save(self) -> None:
+        """Write what passed its checks. While something is on trial the file counts as not carried out."""
+        if not self._former:
+            self._done = self._digest
+        passed = self._in_use | self._former
+        content = {
+            "version": self.version,
+            "file": self._done,
+            "teachers": {domain: asdict(teacher) for domain, teacher in passed.items()},
+        }
+        self._folder.write_json(RECORD, content)
+
+
+def reason(error: BaseException) -> str:
+    """One line: of an error from a worker what was raised there, not Ray's account of it."""
+    return " ".join(str(getattr(error, "cause", None) or error).split())[:500]

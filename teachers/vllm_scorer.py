@@ -1,0 +1,156 @@
+"""A frozen checkpoint in a vLLM engine of this process that only prefills: scores are vLLM's prompt logprobs.
+
+Imports vLLM: set the process up first (`rollout.process`). Every method must be called from the thread that built the
+engine. The engine routes by itself and records nothing; there is no prefix cache, so that a text is always computed
+the same way. vLLM samples one token after a text, so the longest text is one token shorter than the engine's context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.inputs import tokens_input
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
+from rollout.cpu import use_float32_products
+from teachers.backend import TokenScores
+from teachers.scores import check_finite, check_ids, check_signal, empty_scores, keep_rows
+from teachers.teacher import SIGNALS
+
+OWNED_OPTIONS = {
+    "model": "teachers.<domain>.path",
+    "tokenizer": "teachers.<domain>.path",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "teacher_workers.dtype",
+    "max_num_batched_tokens": "teacher_workers.max_tokens_per_batch",
+}
+FIXED_OPTIONS: dict[str, Any] = {
+    "logprobs_mode": "raw_logprobs",
+    "max_logprobs": -1,  # top_k may be any
+    "skip_tokenizer_init": True,  # token ids are the truth
+    "enable_prefix_caching": False,
+    "async_scheduling": False,
+    "enable_return_routed_experts": False,
+}
+
+
+def engine_options(path: str, cfg: TeacherWorkerConfig, model: ModelConfig) -> dict[str, Any]:
+    """Arguments for vLLM: what the config owns, this system's defaults, and the user's own options on top. Raises
+    `UserError` for options that vLLM does not have or that are set elsewhere."""
+    known = {entry.name for entry in fields(EngineArgs)}
+    for key, value in cfg.vllm.items():
+        if key not in known:
+            raise UserError(
+                f"teacher_workers.vllm.{key}={value!r}: vLLM has no such engine option; check its name"
+            )
+        if key in OWNED_OPTIONS:
+            raise UserError(f"teacher_workers.vllm.{key}={value!r}: set {OWNED_OPTIONS[key]} instead")
+        if key in FIXED_OPTIONS and value != FIXED_OPTIONS[key]:
+            raise UserError(
+                f"teacher_workers.vllm.{key}={value!r}: must stay {FIXED_OPTIONS[key]!r}; remove the key"
+            )
+    options: dict[str, Any] = {
+        "model": path,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": cfg.dtype.value,
+        "max_num_batched_tokens": cfg.max_tokens_per_batch,  # their logits over the vocabulary exist at once
+        "max_num_seqs": min(256, cfg.max_tokens_per_batch),
+        "max_model_len": -1,  # the checkpoint's context, or what fits into memory
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "distributed_executor_backend": "mp" if cfg.vllm.get("tensor_parallel_size", 1) > 1 else "uni",
+    }
+    if current_platform.is_cpu():
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+    return options | FIXED_OPTIONS | cfg.vllm
+
+
+class VllmScorer:
+    """A `teachers.backend.Backend`. Raises `UserError` where vLLM cannot load ``path``."""
+
+    def __init__(self, path: str, cfg: TeacherWorkerConfig, model: ModelConfig, key: str) -> None:
+        options = engine_options(path, cfg, model)
+        self.path = path
+        self._key = key
+        try:  # someone else's checkpoint, and vLLM raises half a dozen types for what it cannot do
+            self._vllm = LLMEngine.from_engine_args(EngineArgs(**options))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            raise UserError(
+                f"{key}.path={path!r}: vLLM cannot hold it ({reason}); mend teacher_workers.vllm or"
+                f" teacher_workers.dtype, or set {key}.backend=transformers"
+            ) from error
+        self._vllm.collective_rpc(use_float32_products)
+        config = self._vllm.vllm_config.model_config
+        self.vocab_size: int = config.get_vocab_size()
+        self.max_tokens: int = config.max_model_len - 1
+
+    def head(self) -> None:
+        """An engine gives no LM head."""
+
+    def score(
+        self,
+        token_ids: list[np.ndarray],
+        max_tokens_per_batch: int,
+        names: list[str] | None = None,
+        signal: str = "sampled",
+        top_k: int = 64,
+        masks: list[np.ndarray] | None = None,
+    ) -> list[TokenScores]:
+        """See `teachers.backend.Backend`. vLLM batches by itself, so ``max_tokens_per_batch`` is that of the start.
+        Raises `TeacherScoreError`, and `UserError` for a text that is longer than the engine's context."""
+        check_signal(self._key, "vllm", signal, SIGNALS[TeacherBackend.vllm])
+        k = 0 if signal == "sampled" else top_k
+        scores = [empty_scores(len(ids), k) for ids in token_ids]
+        for index, ids in enumerate(token_ids):
+            check_ids(ids, self.path, self.vocab_size)
+            if len(ids) > self.max_tokens:
+                raise UserError(
+                    f"{self._key}.path={self.path!r}: a text of {len(ids)} tokens, and the engine holds"
+                    f" {self.max_tokens} and one more; raise teacher_workers.vllm.max_model_len or lower"
+                    " rollout.max_model_len"
+                )
+            if len(ids) > 1:
+                self._vllm.add_request(str(index), tokens_input(ids.tolist()), _parameters(k))
+        while self._vllm.has_unfinished_requests():
+            for output in self._vllm.step():
+                if output.finished:
+                    index = int(output.request_id)
+                    scores[index] = _read(output.prompt_logprobs, token_ids[index], k)
+        for index, score in enumerate(scores):
+            check_finite(score.logprobs, self.path, names[index] if names else str(index))
+            if masks is not None:
+                keep_rows(score, masks[index])
+        return scores
+
+
+def _parameters(k: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=k,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+def _read(flat: Any, token_ids: np.ndarray, k: int) -> TokenScores:
+    """vLLM's flat prompt logprobs: for every token but the first its own entry and then those of the top k."""
+    rows = len(token_ids) - 1
+    ids = np.asarray(flat.token_ids, np.int32).reshape(rows, 1 + k)
+    values = np.asarray(flat.logprobs, np.float32).reshape(rows, 1 + k)
+    assert np.array_equal(ids[:, 0], token_ids[1:]), "vLLM's prompt logprobs are those of another text"
+    scores = empty_scores(len(token_ids), k)
+    scores.logprobs[1:] = values[:, 0]
+    if scores.topk_ids is not None and scores.topk_logprobs is not None:
+        scores.topk_ids[1:], scores.topk_logprobs[1:] = ids[:, 1:], values[:, 1:]
+    return scores

@@ -1,0 +1,250 @@
+"""LoRA teachers: each scores like the checkpoint with its adapter merged in, and many share one base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
+from teachers.adapter import adapter_fingerprint, check_adapter
+from teachers.check import check_teachers, teacher_fingerprint
+from teachers.scorer import Scorer
+from teachers.teacher import Teacher
+from teachers.worker import TeacherWorker
+from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
+
+ATTENTION: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+EXPERTS: dict[str, Any] = {
+    "target_modules": [],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+BOTH: dict[str, Any] = {
+    "target_modules": ["o_proj", "lm_head"],
+    "target_parameters": EXPERTS["target_parameters"],
+}
+KINDS = {"attention": ATTENTION, "experts": EXPERTS, "both": BOTH}
+
+
+def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> tuple[str, str]:
+    """(adapter directory, checkpoint with the adapter merged in), as PEFT saves and merges them."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **config}))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(0, 0.1)
+        adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        merged = adapted.merge_and_unload()
+    merged.save_pretrained(folder / "merged")
+    return str(folder / "adapter"), str(folder / "merged")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen3_moe(tmp_path_factory.mktemp("lora") / "base", seed=1)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {n: make_adapter(base, folder / n, i, **kind) for i, (n, kind) in enumerate(KINDS.items())}
+
+
+def texts() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 60, n).astype(np.int32) for n in (40, 7, 25)]
+
+
+def scores(path: str | Path, dtype: Dtype = Dtype.float32) -> list[np.ndarray]:
+    return [s.logprobs for s in Scorer(str(path), ModelConfig(), dtype).score(texts(), 512)]
+
+
+def largest(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
+
+
+def test_every_adapter_scores_like_its_merged_checkpoint(
+    base: Path, adapters: dict[str, tuple[str, str]]
+) -> None:
+    """Interleaved on one model, the bare base among them; freeing some leaves the others as they were."""
+    scorer = Scorer(str(base), ModelConfig(), Dtype.float32)
+    num_base = sum(p.numel() for p in scorer.model.parameters())
+    expected = {name: scores(merged) for name, (_, merged) in adapters.items()} | {None: scores(base)}
+
+    def check(name: str | None) -> None:
+        scorer.adapters.use(name, adapters[name][0] if name else None)
+        found = [s.logprobs for s in scorer.score(texts(), 512)]
+        assert largest(found, expected[name]) < 3e-5, name
+
+    for name in (None, "attention", None, "experts", "attention", "both", "experts", None, "both"):
+        check(name)
+    assert sum(p.numel() for n, p in scorer.model.named_parameters() if "lora_" not in n) == num_base
+    for one in ("attention", "experts", "both"):
+        assert largest(expected[one], expected[None]) > 0.05
+    scorer.adapters.keep({"attention"})
+    assert scorer.adapters.keys == ["attention"]
+    for name in (None, "attention", "both", "attention"):
+        check(name)
+    scorer.adapters.keep(set())
+    for name in (None, "experts"):
+        check(name)
+
+
+def test_bfloat16(base: Path, adapters: dict[str, tuple[str, str]]) -> None:
+    scorer = Scorer(str(base), ModelConfig(), Dtype.bfloat16)
+    for adapter, merged in adapters.values():
+        scorer.adapters.use(adapter, adapter)
+        found = [s.logprobs for s in scorer.score(texts(), 512)]
+        gaps = np.concatenate([np.abs(a - b) for a, b in zip(found, scores(merged), strict=True)])
+        assert gaps.mean() < 0.02
+
+
+def test_experts_of_a_sigmoid_router(tmp_path: Path) -> None:
+    base = tiny_mimo(tmp_path / "base", seed=1)
+    adapter, merged = make_adapter(base, tmp_path, 5, **EXPERTS)
+    scorer = Scorer(str(base), ModelConfig(), Dtype.float32)
+    scorer.adapters.use("a", adapter)
+    found = [s.logprobs for s in scorer.score(texts(), 512)]
+    assert largest(found, scores(merged)) < 3e-5 and largest(found, scores(base)) > 0.05
+
+
+def test_worker_holds_one_base_for_all(base: Path, adapters: dict[str, tuple[str, str]]) -> None:
+    worker = TeacherWorker(TeacherWorkerConfig(cores_per_worker=1), ModelConfig())
+    teachers = [Teacher(key="teachers.d", path=str(base), adapter=a) for a, _ in adapters.values()]
+    teachers.append(Teacher(key="teachers.d", path=str(base)))
+    keys = {teacher_fingerprint(t): t for t in teachers}
+    assert len(keys) == 4
+    row = worker.set_teachers(keys)
+    assert row["paths"] == [str(base)] and len(row["adapters"]) == 3
+    assert len(worker.backends) == 1
+    row = worker.set_teachers(dict(list(keys.items())[:1]))
+    assert len(row["adapters"]) == 1
+    [held] = worker.backends.values()
+    assert held.adapters.keys == [next(iter(keys))]  # type: ignore[attr-defined]
+
+
+def copy_of(adapter: str, folder: Path, **changes: Any) -> str:
+    shutil.copytree(adapter, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return str(folder)
+
+
+def refusal(adapter: str, base: Path) -> str:
+    with pytest.raises(UserError) as error:
+        check_adapter(adapter, str(base), "teachers.math")
+    text = str(error.value)
+    assert text.startswith(f"teachers.math.adapter={adapter!r}: ") and "\n" not in text
+    return text
+
+
+def test_good_adapters_pass(base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path) -> None:
+    for adapter, _ in adapters.values():
+        check_adapter(adapter, str(base), "teachers.math")
+    moved = copy_of(adapters["attention"][0], tmp_path / "moved", base_model_name_or_path="/another/machine")
+    check_adapter(moved, str(base), "teachers.math")
+    assert adapter_fingerprint(moved) == adapter_fingerprint(adapters["attention"][0])
+    scaled = copy_of(moved, tmp_path / "scaled", lora_alpha=16)
+    assert adapter_fingerprint(scaled) != adapter_fingerprint(moved)
+
+
+def test_bad_adapters_are_refused(base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path) -> None:
+    good = adapters["attention"][0]
+    assert "no such directory" in refusal(str(tmp_path / "gone"), base)
+    assert "no adapter_config.json" in refusal(str(base), base) and "belongs in path" in refusal(
+        str(base), base
+    )
+    assert "has rank 4 (lora_A) and 4 (lora_B), adapter_config.json says [8]" in refusal(
+        copy_of(good, tmp_path / "r", r=8), base
+    )
+    assert "peft_type is 'IA3'" in refusal(copy_of(good, tmp_path / "ia3", peft_type="IA3"), base)
+    saved = copy_of(good, tmp_path / "saved", modules_to_save=["lm_head"])
+    assert "modules_to_save changes the base itself" in refusal(saved, base)
+    pickled = Path(copy_of(good, tmp_path / "pickled"))
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    assert "pickled weights are not read" in refusal(str(pickled), base)
+    whole = Path(copy_of(good, tmp_path / "whole"))
+    weights = load_file(whole / "adapter_model.safetensors")
+    weights["base_model.model.lm_head.base_layer.weight"] = torch.ones(2, 2)
+    save_file(weights, whole / "adapter_model.safetensors")
+    assert "lm_head.base_layer.weight is a weight of the base itself" in refusal(str(whole), base)
+    half = Path(copy_of(good, tmp_path / "half"))
+    weights = load_file(half / "adapter_model.safetensors")
+    del weights[next(name for name in weights if "lora_A" in name)]
+    save_file(weights, half / "adapter_model.safetensors")
+    assert "only one of lora_A and lora_B" in refusal(str(half), base)
+    uneven = Path(copy_of(good, tmp_path / "uneven"))
+    weights = load_file(uneven / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_A" in name)
+    weights[name] = weights[name][:2].contiguous()
+    save_file(weights, uneven / "adapter_model.safetensors")
+    assert "has rank 2 (lora_A) and 4 (lora_B)" in refusal(str(uneven), base)
+
+
+def test_an_adapter_of_another_base_is_refused(
+    base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    """By the weights of the base that it names; by its shapes where that base is not here; and at load at the latest."""
+    adapter = adapters["attention"][0]
+    sibling = tiny_qwen3_moe(tmp_path / "sibling", seed=2)
+    assert "whose weights are not those of" in refusal(adapter, sibling)
+    moved = copy_of(adapter, tmp_path / "moved", base_model_name_or_path="/another/machine")
+    wide = tiny_qwen3_moe(tmp_path / "wide", hidden=192)
+    assert "it is an adapter of another base" in refusal(moved, wide)
+    experts = copy_of(
+        adapters["experts"][0], tmp_path / "experts", base_model_name_or_path="/another/machine"
+    )
+    worker = TeacherWorker(TeacherWorkerConfig(cores_per_worker=1), ModelConfig())
+    for other in (tiny_dense(tmp_path / "dense"), tiny_qwen3_moe(tmp_path / "more", num_experts=4)):
+        good = {"b": Teacher(key="teachers.d", path=str(other))}
+        worker.set_teachers(good)
+        with pytest.raises(UserError, match=r"teacher adapter='.*experts': PEFT cannot put it on Qwen3"):
+            worker.set_teachers(good | {"b+e": Teacher(key="teachers.d", path=str(other), adapter=experts)})
+        assert worker.backends == {}, "part of the adapter may be on the base"
+
+
+def test_preflight_names_what_shares_a_teacher(base: Path, adapters: dict[str, tuple[str, str]]) -> None:
+    adapter = adapters["attention"][0]
+    teachers = {
+        "math": Teacher(key="teachers.math", path=str(base), adapter=adapter),
+        "code": Teacher(key="teachers.code", path=str(base)),
+        "law": Teacher(key="teachers.law", path=str(base), adapter=adapter),
+    }
+    student = ModelConfig(path=str(base))
+    rows = {r["domain"]: r for r in check_teachers(teachers, student, TeacherWorkerConfig(), 64)}
+    assert {d: (r["result"], r["shared_with"]) for d, r in rows.items()} == {
+        "math": ("ok", ["law"]),
+        "code": ("self-teacher", []),
+        "law": ("ok", ["math"]),
+    }
+    assert rows["math"]["path"] == adapter and rows["math"]["base"] == str(base)
+
+
+def test_adapters_of_other_experts_do_not_share_a_base(
+    base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    other, _ = make_adapter(base, tmp_path, 9, target_modules=[], target_parameters=["experts.down_proj"])
+    teachers = {
+        domain: Teacher(key=f"teachers.{domain}", path=str(base), adapter=adapter)
+        for domain, adapter in (
+            ("code", adapters["experts"][0]),
+            ("law", adapters["both"][0]),
+            ("math", other),
+        )
+    }
+    with pytest.raises(
+        UserError, match=r"^teachers\.math\.adapter=.*target_parameters are \['experts\.down_proj'\]"
+    ):
+        check_teachers(teachers, ModelConfig(path=str(base)), TeacherWorkerConfig(), 64)
