@@ -122,4 +122,4 @@ class TeacherWorker:
 
 
 def _digest(array: np.ndarray) -> str:
-    return f"{array.dtype} {array.shape} {hashlib.sha256(np.ascontiguousarray(array)).hexdigest()}"
+    return f"{array.dtype} {array.shape} {hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}"
