@@ -27,8 +27,10 @@ from posttrain.lineage import collect
 from posttrain.stages import check_steps
 
 # What makes a run the run it is: a change of these is another run, a change of anything else goes on.
-IDENTITY = ("model", "data", "sft_data", "domain", "teachers", "seed", "sample")
-IDENTITY += ("method", "models", "base", "coefficient", "coefficients")
+IDENTITY = (
+    *("model", "data", "sft_data", "domain", "teachers", "seed", "sample"),
+    *("method", "models", "base", "coefficient", "coefficients"),  # of a merge
+)
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "model", "finished.json")
 
 _locks: dict[Path, Any] = {}  # lock files of this process, by run folder

@@ -159,4 +159,4 @@ def base_of(key: str) -> str:
 
 
 def _digest(array: np.ndarray) -> str:
-    return f"{array.dtype} {array.shape} {hashlib.sha256(np.ascontiguousarray(array)).hexdigest()}"
+    return f"{array.dtype} {array.shape} {hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}"

@@ -103,7 +103,9 @@ def sample_all(
         if after == first or (after - first < GROUPS_PER_WRITE and after < len(prompts)):
             continue
         refs = [arrived.pop(index) for index in range(first, after)]
-        results = ray.get(rewards.score(refs)) if rewards else [None] * len(refs)
+        results = (
+            rewards.score_all([(ref, settings.group_size) for ref in refs]) if rewards else [None] * len(refs)
+        )
         samples.write(ray.get(refs), results)
 
 

@@ -172,7 +172,7 @@ def test_signals_reach_the_sample(signal: str) -> None:
         ("top_k", topk(logprob=np.nan), "topk_logprobs holds NaN"),
         ("full", topk(), "hidden states of its teacher, or the LM head"),
         ("full", {"hidden": np.zeros((3, 5), np.float32), "head_id": 2}, "hidden states of its teacher, or"),
-        ("full", {"hidden": np.zeros((3, 4), np.float32), "head_id": 1}, r"have shape \(3, 4\), the loss needs \(3, 5\)"),
+        ("full", {"hidden": np.zeros((3, 4), np.float32), "head_id": 1}, r"hidden states of its teacher have shape \(3, 4\), the loss needs \(3, 5\)"),
     ],
 )  # fmt: skip
 def test_bad_signals(signal: str, columns: dict[str, Any], message: str) -> None:

@@ -70,6 +70,7 @@ class FakeRollouts:
         self.loaded: list[str] = []
         self.quarantined: list[tuple[str, str]] = []
         self.num_workers = 1
+        self.num_restarts = 0
         self.info = type("Info", (), {"records_routes": False})
         self.slow = 0  # groups that each `wait` leaves in flight
 
@@ -108,6 +109,9 @@ class FakeRollouts:
     def pop_lost(self) -> list[str]:
         return []
 
+    def pop_restarts(self) -> list[tuple[str, str]]:
+        return []
+
     @contextmanager
     def keep_random_state(self) -> Iterator[None]:
         state, busy = self.rng.bit_generator.state, bool(self.queue)
@@ -128,6 +132,10 @@ class FakeRollouts:
 class FakeRewards:
     def score(self, refs: list[tuple[str, list[int]]]) -> list[list[RewardResult]]:
         return [[RewardResult(reward=float(n > 4)) for n in lengths] for _, lengths in refs]
+
+    def score_all(self, groups: list[tuple[Any, int]]) -> list[list[RewardResult]]:
+        assert all(len(lengths) == num_rollouts for (_, lengths), num_rollouts in groups)
+        return self.score([ref for ref, _ in groups])
 
 
 class FakeLearner:

@@ -206,7 +206,7 @@ def group(prompt: Prompt) -> RolloutGroup:
 def summary_of(group_id: str) -> GroupSummary:
     return GroupSummary(
         group_id=group_id, prompt_id="", domain="", source="", statuses=[], num_tokens=[], num_loss_tokens=[],
-        min_policy_version=0, max_policy_version=0, engine_s=0.0, errors=[],
+        min_policy_version=0, max_policy_version=0, engine_s=0.0, errors=[], repeated=[],
     )  # fmt: skip
 
 
@@ -235,6 +235,31 @@ def test_samples_come_in_the_order_of_the_prompts(folder, plain_ray):
     )
     text = "".join(f"p{i}x" for i in range(len(prompts)))
     assert summary["num_tokens"] == len(text) + 2 * len(prompts), "truncated samples were sampled too"
+
+
+class FakeRewards:
+    """1 for the first five prompts, an error for the fourth."""
+
+    def score_all(self, groups):
+        died = RewardResult(reward=0.0, error="the reward's process died")
+        for group, num_rollouts in groups:
+            assert len(group.rollouts) == num_rollouts
+        return [
+            [died] * n
+            if g.prompt.prompt_id == "p3"
+            else [RewardResult(reward=float(g.prompt.prompt_id < "p5"))] * n
+            for g, n in groups
+        ]
+
+
+def test_rewards_go_to_their_samples(folder, plain_ray):
+    """A reward that failed fails the samples of its own group alone."""
+    prompts = [prompt_of(i) for i in range(9)]
+    samples = Samples(folder, SampleConfig(num_samples=2, min_reward=1.0), decode)
+    sample_all(FakePool(), FakeRewards(), prompts, CFG, samples)
+    assert ids_in(samples) == ["p0/0", "p1/0", "p2/0", "p4/0"]
+    counts = samples.summary()["domains"]["math"]
+    assert (counts["written"], counts["rejected"], counts["failed"]) == (4, 4, 1)
 
 
 def test_a_killed_run_goes_on_after_its_last_whole_prompt(folder, plain_ray, capsys):

@@ -112,7 +112,8 @@ def test_signals_speak_of_the_token_they_stand_at(
 def test_hidden_states_keep_the_type_and_the_bias_of_the_head(tmp_path: Path) -> None:
     """bfloat16 travels as its bits; a head with a bias is one with a column more."""
     scorer = Scorer(str(tiny_dense(tmp_path / "model")), ModelConfig(), Dtype.bfloat16)
-    scorer.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, scorer.vocab_size).bfloat16())
+    bias = torch.linspace(-1, 1, scorer.vocab_size).bfloat16()
+    scorer.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     (scores,) = scorer.score(sequences([12]), 512, signal="full")
     assert scores.hidden.dtype == np.uint16
     hidden, head = torch.from_numpy(scores.hidden).view(torch.bfloat16), scorer.head()
