@@ -104,6 +104,23 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
+# Gates of the preflight whose red line a config may accept by name (`teachers.gates` says what each looks at).
+ACCEPTABLE = (
+    "vocabulary",
+    "special_tokens",
+    "chat_template",
+    "tokenizer",
+    "revision",
+    "self_teacher",
+    "tensors",
+    "weights",
+    "foreign",
+    "scoring",
+    "noise",
+    "initial_kl",
+)
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     path: str = MISSING
@@ -408,6 +425,10 @@ def mopd_algorithm() -> PolicyAlgorithm:
 class TeacherConfig:
     path: str | None = None
     """Frozen checkpoint of this domain's teacher. In `pipeline`, null means: trained here, see train."""
+    revision: str | None = None
+    """Hub revision; of a folder, the commit that it must have been fetched at."""
+    self: bool = False
+    """This teacher is the student itself, on purpose; otherwise such a teacher is refused, because it teaches nothing."""
     train: TeacherTraining = TeacherTraining.rl
     """pipeline only: rl (from the SFT model), sft (on the domain's own data) or none (path, or the SFT model itself)."""
     steps: int | None = None
@@ -431,8 +452,17 @@ class TeacherWorkerConfig:
     """GPUs for each worker; null: 1 where there are GPUs to spare, else 0."""
     max_initial_kl: float = 2.0
     """Preflight refuses a teacher whose mean |log-ratio| to the student on the student's own samples is above this."""
+    accept: list[str] = field(default_factory=list)
+    """Red lines of the preflight that do not stop the run, by the name of their gate: `[foreign, chat_template]`."""
 
     def __post_init__(self) -> None:
+        for name in self.accept:
+            require(
+                name in ACCEPTABLE,
+                "teacher_workers.accept",
+                name,
+                f"no such gate, or none that can be accepted; choose among {', '.join(ACCEPTABLE)}",
+            )
         require_at_least(
             1, "teacher_workers", self, "num_workers", "max_tokens_per_batch", "cores_per_worker"
         )
@@ -628,13 +658,29 @@ class ReplayCheck:
 
 
 @dataclass(kw_only=True, slots=True)
+class TeacherCheck:
+    num_samples: int = 32
+    """Answers of the student to score, per domain."""
+    max_new_tokens: int = 256
+    """Upper bound on sampled tokens of each."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "teacher_check", self, "num_samples", "max_new_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
 class DoctorRun(RunConfig):
-    """`posttrain doctor`: versions, devices, memory, and what is wrong; `posttrain doctor replay`: routing replay."""
+    """`posttrain doctor`: versions, devices, memory, and what is wrong; `doctor replay`: routing replay; `doctor
+    teachers`: are these the right teachers?"""
 
     name: str = "doctor"
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     replay: ReplayCheck = field(default_factory=ReplayCheck)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Teacher of each domain: `teachers.math.path=DIR`."""
+    teacher_workers: TeacherWorkerConfig = field(default_factory=TeacherWorkerConfig)
+    teacher_check: TeacherCheck = field(default_factory=TeacherCheck)
 
 
 RUNS: dict[str, type[RunConfig]] = {

@@ -27,6 +27,7 @@ from posttrain.advantages import group_advantages
 from posttrain.alarms import Alarms
 from posttrain.config import Dtype, Overlong, PolicyAlgorithm, UserError
 from posttrain.learner.group import LearnerGroup
+from posttrain.preflight import NUM_TEXTS, Preflight
 from posttrain.records import (
     GroupSummary,
     LossSettings,
@@ -45,7 +46,6 @@ from posttrain.weighting import token_weights
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
 from teachers.pool import TeacherPool
-from teachers.preflight import check_gap
 
 TRAINABLE = (RolloutStatus.completed, RolloutStatus.truncated)
 
@@ -84,7 +84,7 @@ class PolicyLoop:
         teachers: None in RL.
         probe_texts: token ids whose logprobs engine and learner must agree on after every update.
         probe_tolerance: largest mean |difference| allowed there, nat.
-        max_teacher_gap: largest mean |teacher - student| logprob at the start, nat.
+        preflight: the gates that the teachers of a domain pass before its first update; None in RL.
         decode: token ids to text with special tokens, for the written samples.
     """
 
@@ -105,7 +105,7 @@ class PolicyLoop:
         checkpoint_every: int,
         probe_texts: list[np.ndarray],
         probe_tolerance: float,
-        max_teacher_gap: float,
+        preflight: Preflight | None,
         decode: Callable[[np.ndarray], str],
         rollout_samples: int,
         rollout_every_steps: int,
@@ -124,14 +124,13 @@ class PolicyLoop:
         self.checkpoint_every = checkpoint_every
         self.probe_texts = probe_texts
         self.probe_tolerance = probe_tolerance
-        self.max_teacher_gap = max_teacher_gap
+        self.preflight = preflight
         self.decode = decode
         self.rollout_samples = rollout_samples
         self.rollout_every_steps = rollout_every_steps
         self.waves: dict[int, Wave] = {}
         self.wave_of: dict[str, int] = {}
         self.num_quarantined = len(rollouts.quarantined)  # of former stages on the same workers
-        self.checked_teachers: set[str] = set()
         self.alarms = Alarms()
 
     def run(self, first_step: int) -> None:
@@ -144,8 +143,9 @@ class PolicyLoop:
                 for ahead in range(step, min(step + self.algorithm.max_off_policy_steps, last_step) + 1):
                     self.submit_wave(ahead)
                 wave = self.collect(step, clock)
-            if self.teachers is not None:
-                self.check_teachers(wave)
+            if self.teachers is not None and self.preflight is not None:
+                with clock("preflight"):
+                    self.check_teachers(wave, self.teachers, self.preflight)
             samples, metrics = self.batch(wave, step)
             is_sampled_step = step % self.rollout_every_steps == 0 or step == last_step
             if is_sampled_step and self.rollouts.info.records_routes:
@@ -261,32 +261,22 @@ class PolicyLoop:
         ready, _ = ray.wait(refs, num_returns=len(refs), fetch_local=False)
         assert len(ready) == len(refs)
 
-    def check_teachers(self, wave: Wave) -> None:
-        """Before a domain's first update: how far its teacher is from the student on the student's own samples.
+    def check_teachers(self, wave: Wave, teachers: TeacherPool, preflight: Preflight) -> None:
+        """Before a domain's first update: the gates that its teacher passes on the student's own samples.
 
         Raises:
-            UserError: a teacher is further away than ``max_teacher_gap``.
+            UserError: a teacher is wrong, and `teacher_workers.accept` does not name the gate.
         """
-        by_domain: dict[str, list[Collected]] = defaultdict(list)
+        by_domain: dict[str, list[Any]] = defaultdict(list)
         for collected in wave.done:
-            if (
-                collected.summary.statuses[0] in TRAINABLE
-                and collected.summary.domain not in self.checked_teachers
-            ):
-                by_domain[collected.summary.domain].append(collected)
-        for domain, members in by_domain.items():
-            scores = ray.get(members[0].teacher_ref)
-            rollouts = [group.rollouts[0] for group in ray.get([c.ref for c in members])]
-            row = check_gap(
-                domain,
-                scores[0].teacher,
-                [scores[c.teacher_offset].logprobs for c in members],
-                [r.rollout_logprobs for r in rollouts],
-                [r.loss_mask for r in rollouts],
-                self.max_teacher_gap,
-            )
-            self.tracker.event("preflight", **row)
-            self.checked_teachers.add(domain)
+            domain, status = collected.summary.domain, collected.summary.statuses[0]
+            is_new = domain not in preflight.checked and len(by_domain[domain]) < NUM_TEXTS
+            if status in TRAINABLE and is_new and collected.summary.num_loss_tokens[0] > 0:
+                by_domain[domain].append(collected.ref)
+        preflight.check(
+            teachers,
+            {domain: [g.rollouts[0] for g in ray.get(refs)] for domain, refs in by_domain.items()},
+        )
 
     def is_equal(self, collected: Collected) -> bool:
         """True when the outcome advantage of every member is zero, so that the group teaches nothing."""

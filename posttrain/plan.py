@@ -23,6 +23,7 @@ from posttrain.config import (
 from posttrain.gpus import gpus_of, num_gpus
 from posttrain.run_folder import plain
 from posttrain.validate import Report
+from teachers.gates import Verdict
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 
@@ -104,9 +105,11 @@ def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
             console.print(
                 f"{name:<9} " + ", ".join(f"{domain} {n:,}" for domain, n in counts.items()), highlight=False
             )
-    for row in report.teachers:
+    for domain, path in {row.domain: row.path for row in report.teachers}.items():
+        rows = [row for row in report.teachers if row.domain == domain and row.verdict is not Verdict.ok]
+        words = "; ".join(f"{row.gate} {row.verdict.value}: {row.problem}" for row in rows)
         console.print(
-            f"teacher   {row['domain']}: {row['path']} ({row['result']})", soft_wrap=True, highlight=False
+            f"teacher   {domain}: {path} ({words or 'ok'})", soft_wrap=True, highlight=False, markup=False
         )
     for note in report.notes:
         console.print(f"note      {note}", soft_wrap=True, highlight=False)

@@ -335,9 +335,14 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _identity(section: Any) -> Any:
-    """A section without what may change while the run stays the same: how many steps a teacher trains."""
+    """A section without what may change while the run stays the same (how many steps a teacher trains, whether it is
+    known to be the student) and without what is not set."""
     if isinstance(section, dict):
-        return {key: _identity(value) for key, value in section.items() if key != "steps"}
+        return {
+            key: _identity(value)
+            for key, value in section.items()
+            if key not in ("steps", "self") and value is not None
+        }
     return section
 
 
@@ -374,6 +379,7 @@ def _fingerprints(cfg: RunConfig) -> dict[str, str]:
 
     keys = {k: v for k, v in _inputs(cfg).items() if k == "model.path" or k.startswith("teachers.")}
     revisions = {"model.path": cfg.model.revision}
+    revisions |= {f"teachers.{d}.path": t.revision for d, t in getattr(cfg, "teachers", {}).items()}
     return {key: fingerprint(path, key, revisions.get(key)) for key, path in keys.items()}
 
 

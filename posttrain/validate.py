@@ -31,6 +31,7 @@ from posttrain.config import (
 from posttrain.gpus import check_gpus, learners_of
 from posttrain.tracking.wandb_sink import check_account
 from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
+from teachers.gates import GateRow
 from teachers.preflight import check_files
 
 BIAS_ENDINGS = ("correction_bias", "expert_bias")  # of the tensors that learner.expert_bias_rate moves
@@ -57,7 +58,7 @@ class Report:
     num_prompts: dict[str, int] = field(default_factory=dict)
     num_eval_prompts: dict[str, int] = field(default_factory=dict)
     num_conversations: dict[str, int] = field(default_factory=dict)
-    teachers: list[dict[str, Any]] = field(default_factory=list)
+    teachers: list[GateRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -354,14 +355,12 @@ def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun, report: Report) -> No
     )
 
 
-def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str, Any]]:
-    paths = {domain: teacher.path for domain, teacher in cfg.teachers.items()}
+def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[GateRow]:
+    accept = cfg.teacher_workers.accept
     if isinstance(cfg, MOPDRun):
-        return (
-            check_files(cfg.model.path, paths, report.num_prompts, cfg.model.revision)
-            if cfg.algorithm.beta != 0
-            else []
-        )
+        if cfg.algorithm.beta == 0:
+            return []
+        return check_files(cfg.model.path, cfg.teachers, report.num_prompts, cfg.model.revision, accept)
     for domain in report.num_prompts:
         require(
             domain in cfg.teachers,
@@ -398,5 +397,8 @@ def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str
             teacher.train.value,
             f"sft_data has no conversation of domain {domain!r}; use train=rl, or give teachers.{domain}.path=DIR",
         )
-    given: dict[str, str | None] = {domain: path for domain, path in paths.items() if path is not None}
-    return check_files(cfg.model.path, given, given, cfg.model.revision) if given else []
+    given = {domain: teacher for domain, teacher in cfg.teachers.items() if teacher.path is not None}
+    if not given:
+        return []
+    # The student will be the SFT model, so the weights are compared when that is there.
+    return check_files(cfg.model.path, given, given, cfg.model.revision, accept, weights=False)

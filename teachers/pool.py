@@ -7,14 +7,18 @@ tensors. Refuses a domain without teacher. A worker that dies is started again b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
 from posttrain.config import ModelConfig, TeacherWorkerConfig, UserError
 from teachers.checkpoint import locate
 from teachers.fingerprint import fingerprint, num_bytes
 from teachers.worker import TeacherWorker
+
+if TYPE_CHECKING:
+    from teachers.direct import Examination
 
 MAX_RESTARTS = 3  # of one worker, and of one scoring call
 
@@ -91,6 +95,12 @@ class TeacherPool:
         )
         self._pending[index].append(ref)
         return ref
+
+    def examine(self, domain: str, token_ids: list[np.ndarray], scores: list[np.ndarray]) -> Examination:
+        """``scores`` of fixed texts by the teacher of ``domain``, against a direct forward of its checkpoint."""
+        key = self._keys[domain]
+        worker = self._workers[self._places[key][0]]
+        return ray.get(worker.examine.remote(key, self._folders[key], token_ids, scores))
 
     def shutdown(self) -> None:
         """Stop the workers; open calls are lost."""

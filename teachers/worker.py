@@ -18,6 +18,7 @@ from posttrain.config import ModelConfig, TeacherWorkerConfig
 from posttrain.records import RolloutGroup, RolloutStatus, TeacherScores
 
 if TYPE_CHECKING:
+    from teachers.direct import Examination
     from teachers.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,14 @@ class TeacherWorker:
         for i, result in zip(scored, results, strict=True):
             logprobs[i] = result
         return [TeacherScores(teacher=name, logprobs=row) for row in logprobs]
+
+    def examine(
+        self, key: str, path: str, token_ids: list[np.ndarray], scores: list[np.ndarray]
+    ) -> Examination:
+        """``scores`` of fixed texts against a direct forward of the checkpoint that gave them (preflight)."""
+        from teachers.direct import examine
+
+        return examine(self._scorer(key, path).model, token_ids, scores)
 
     def _scorer(self, key: str, path: str) -> Scorer:
         if key not in self.scorers:

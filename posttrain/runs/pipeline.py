@@ -15,7 +15,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from posttrain.config import MOPDRun, PipelineRun, RLRun, RunConfig, SFTRun, TeacherTraining
+from posttrain.config import (
+    MOPDRun,
+    PipelineRun,
+    RLRun,
+    RunConfig,
+    SFTRun,
+    TeacherConfig,
+    TeacherTraining,
+)
 from posttrain.data.sources import load_prompts
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
@@ -105,7 +113,7 @@ def teacher_model(cfg: PipelineRun, domain: str, sft_model: str, engines: Engine
     """The teacher of one domain: given, trained here, or the SFT model itself."""
     teacher = cfg.teachers[domain]
     if teacher.path is not None:
-        return teacher.path
+        return str(locate(teacher.path, f"teachers.{domain}.path", teacher.revision))
     if teacher.train is TeacherTraining.none:
         return sft_model
     if teacher.train is TeacherTraining.sft:
@@ -157,9 +165,21 @@ def mopd_config(cfg: PipelineRun, sft_model: str, teachers: dict[str, str]) -> M
         rollout=cfg.rollout,
         rewards=cfg.rewards,
         environments=cfg.environments,
-        teachers={d: replace(cfg.teachers[d], path=path) for d, path in teachers.items()},
+        teachers={d: given_teacher(d, cfg.teachers[d], path, sft_model) for d, path in teachers.items()},
         teacher_workers=cfg.teacher_workers,
     )
+
+
+def given_teacher(domain: str, teacher: TeacherConfig, path: str, student: str) -> TeacherConfig:
+    """A teacher for MOPD. The student itself is meant where nothing was to be trained; where training moved nothing, the
+    domain is named and the others go on."""
+    is_student = teacher.path is None and fingerprint(path) == fingerprint(student)
+    if is_student and teacher.train is not TeacherTraining.none:
+        print(
+            f"teachers.{domain}: training changed no weight (were all rewards equal?); it teaches nothing",
+            flush=True,
+        )
+    return replace(teacher, path=path, self=teacher.self or is_student)
 
 
 def average_merge(folder: RunFolder, teachers: list[str]) -> str | None:

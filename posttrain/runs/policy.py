@@ -13,11 +13,14 @@ from posttrain.data.sources import load_prompts, source_weights
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
 from posttrain.loop import PolicyLoop
+from posttrain.preflight import Preflight, as_json, remarks, table
 from posttrain.records import LossSettings, Prompt, SamplingSettings
 from posttrain.run_folder import RunFolder, plain
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
+from teachers.gates import GateRow
+from teachers.preflight import check_files
 
 PROBE_PROMPTS = 4
 
@@ -40,6 +43,7 @@ def run_policy(
     prompts = training_prompts(cfg, tokenizer)
     domains = sorted({p.domain for p in prompts})
     scheduler = Scheduler(by_source(prompts), source_weights(cfg.data), cfg.seed)
+    file_rows = teacher_files(cfg)
 
     with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
         # Engines start side by side; imports are most of it.
@@ -82,7 +86,7 @@ def run_policy(
                 probe_texts=probe_texts(prompts),
                 probe_tolerance=cfg.rollout.probe_tolerance,
                 decode=lambda token_ids: tokenizer.decode(token_ids.tolist(), skip_special_tokens=False),
-                max_teacher_gap=cfg.teacher_workers.max_initial_kl if isinstance(cfg, MOPDRun) else 0.0,
+                preflight=preflight(cfg, file_rows, folder, tracker),
                 rollout_samples=cfg.tracking.rollout_samples,
                 rollout_every_steps=cfg.tracking.rollout_every_steps,
             )
@@ -91,6 +95,32 @@ def run_policy(
             learner.save_model(folder.model)
     folder.finish()
     return str(folder.model)
+
+
+def teacher_files(cfg: RLRun | MOPDRun) -> list[GateRow]:
+    """What the files tell of the teachers; in a pipeline they exist only now. Raises `UserError` for a wrong one."""
+    if not isinstance(cfg, MOPDRun) or cfg.algorithm.beta == 0:
+        return []
+    accept = cfg.teacher_workers.accept
+    return check_files(cfg.model.path, cfg.teachers, cfg.teachers, cfg.model.revision, accept)
+
+
+def preflight(
+    cfg: RLRun | MOPDRun, file_rows: list[GateRow], folder: RunFolder, tracker: Tracker
+) -> Preflight | None:
+    """The gates of the teachers, written to events.jsonl and preflight.json and shown as one table."""
+    if not isinstance(cfg, MOPDRun) or cfg.algorithm.beta == 0:
+        return None
+
+    def record(new: list[GateRow], rows: list[GateRow]) -> None:
+        for row in as_json(new):
+            tracker.event("preflight", **row)
+        folder.write_json("preflight.json", as_json(rows))
+        tracker.show(table(rows))
+        for line in remarks(new):
+            tracker.show(line)
+
+    return Preflight(file_rows, cfg.teachers, cfg.teacher_workers, record)
 
 
 def replay_report(steps: list[dict[str, float]]) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ from posttrain.compose import compose
 from posttrain.config import RunConfig, UserError
 from posttrain.plan import print_plan, processes
 from posttrain.validate import check_model, validate
-from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
+from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe, tiny_teacher
 
 REWARD = "rewards._target_=rewards.exact_match.ExactMatch"
 ROOM = ("rollout.max_new_tokens=16", "rollout.max_model_len=64")
@@ -25,8 +25,8 @@ def world(tmp_path_factory) -> Path:
     tiny_mimo(root / "mimo")
     tiny_qwen3_moe(root / "qwen")
     tiny_dense(root / "dense")
-    tiny_mimo(root / "teacher_math", seed=1)
-    tiny_mimo(root / "teacher_code", seed=2)
+    tiny_teacher(root / "mimo", root / "teacher_math", seed=1)
+    tiny_teacher(root / "mimo", root / "teacher_code", seed=2)
 
     def rows(name: str, start: int, *, reply: bool = False) -> None:
         lines = []
@@ -83,7 +83,7 @@ def test_a_good_run_is_counted(world, command, capsys):
             == {"code": 2, "math": 2}
         )
     if command == "mopd":
-        assert [(row["domain"], row["result"]) for row in report.teachers] == [("code", "ok"), ("math", "ok")]
+        assert {(row.domain, row.verdict) for row in report.teachers} == {("code", "ok"), ("math", "ok")}
     print_plan(command, cfg, report)
     out = capsys.readouterr().out
     assert "MiMoV2FlashForCausalLM" in out and "nothing started" in out and "math 2" in out
