@@ -1,11 +1,11 @@
 """What routing replay (R3) does to the mismatch between learner and engine, and what it costs.
 
-    .venv/bin/python benchmarks/replay.py [--json FILE] [--quick] [--only effect|cost] [--work DIR]
+    .venv/bin/python benchmarks/replay.py [--json FILE] [--quick] [--only effect|cost] [--work DIR] [KEY=VALUE ...]
 
 Effect: a tiny Qwen3-MoE (softmax router) and a tiny MiMo-V2-Flash (sigmoid router with a bias), each trained by the
 ordinary `sft` run, sample at temperature 1 in bfloat16 on training prompts of all four domains. The float32 learner
 scores every sampled token with the recorded routes and with live ones. Cost: see `replay_cost.py`. Each figure that
-has a bar is printed beside it.
+has a bar is printed beside it. Settings (rollout.head_dtype=null) go to the runs of the effect.
 """
 
 from __future__ import annotations
@@ -77,10 +77,16 @@ class Scores:
 
 
 def effect(
-    family: str, work: Path, num_tokens: int, sft_steps: int, slice_prompts: int, num_prompts: int
+    family: str,
+    work: Path,
+    settings: list[str],
+    num_tokens: int,
+    sft_steps: int,
+    slice_prompts: int,
+    num_prompts: int,
 ) -> dict[str, Any]:
     """Train, sample and score one family."""
-    cfg, clock, scores = prepare(family, work, sft_steps, num_prompts), Clock(), Scores()
+    cfg, clock, scores = prepare(family, work, settings, sft_steps, num_prompts), Clock(), Scores()
     with Engines(cfg.ray) as engines:
         with clock("sft"):
             trained = replace(cfg.model, path=sft.run(pipeline.sft_config(cfg), engines))
@@ -117,7 +123,7 @@ def effect(
     }
 
 
-def prepare(family: str, work: Path, sft_steps: int, num_prompts: int) -> PipelineRun:
+def prepare(family: str, work: Path, settings: list[str], sft_steps: int, num_prompts: int) -> PipelineRun:
     """Model, corpus and configuration of the tiny setting, in a folder of the family's name."""
     inputs = work / family / "inputs"
     make(inputs, seed=0, num_sft=24_000, num_prompts=num_prompts, num_valid=10, num_heldout=10)
@@ -129,6 +135,7 @@ def prepare(family: str, work: Path, sft_steps: int, num_prompts: int) -> Pipeli
         f"sft.algorithm.steps={sft_steps}",
         "tracking.wandb=disabled",
         *FAMILIES[family],
+        *settings,
     ]
     _, cfg = compose("pipeline", overrides)
     assert isinstance(cfg, PipelineRun)
@@ -202,6 +209,8 @@ def compare(scores: Scores) -> dict[str, dict[str, Any]]:
     for name, ratio in point_ratios.items():
         values = np.array([draw[name] for draw in draws])
         low, high = np.nanquantile(values, [0.025, 0.975]) if np.isfinite(values).any() else (np.nan,) * 2
+        if name.startswith("f") and point["with"][name] == 0 < point["without"][name]:
+            high = 3 / (point["without"][name] * len(owners))  # no draw can show an event: the rule of three
         bar = BARS.get(name)
         if name.startswith("f") and point["without"][name] <= MIN_F:
             bar = None
@@ -318,14 +327,16 @@ def main() -> None:
     parser.add_argument("--only", choices=("effect", "cost"), help="one of the two parts")
     parser.add_argument("--quick", action="store_true", help="a smoke run; its numbers mean nothing")
     parser.add_argument("--work", type=Path, help="folder for the runs (default: a temporary one)")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of the effect's runs")
     args = parser.parse_args()
     sizes = (2_000, 10, 128, 200) if args.quick else (args.tokens, args.sft_steps, 2048, PROMPTS_PER_DOMAIN)
     models = [replay_cost.shortened(m) if args.quick else m for m in replay_cost.MODELS]
-    result: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "effect": {}, "cost": {}}
+    machine = platform.processor() or platform.machine()
+    result: dict[str, Any] = {"machine": machine, "settings": args.settings, "effect": {}, "cost": {}}
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         for family in FAMILIES if args.only != "cost" else ():
-            result["effect"][family] = effect(family, work, *sizes)
+            result["effect"][family] = effect(family, work, args.settings, *sizes)
             write(args.json, result)
         for model in models if args.only != "effect" else ():
             result["cost"][model.name] = replay_cost.measure(model, work)

@@ -41,6 +41,7 @@ INNER = {  # watched function -> the watched function that it is part of; these 
     "store_batch": "update_from_output",
     "get": "update_from_output",
     "routes_problem": "_result",
+    "_select": "forward",
 }
 
 
@@ -78,8 +79,8 @@ LARGE = CostModel(
     },
     new_tokens=12,
     rollout_pairs=18,
-    learner_rollouts=24,
-    learner_pairs=8,
+    learner_rollouts=12,
+    learner_pairs=18,
     has_bar=True,
 )
 MODELS = (TINY, LARGE)
@@ -277,14 +278,18 @@ def rollout_cost(cost_model: CostModel, model: str) -> tuple[dict[str, Any], lis
 
 
 class Learner(LearnerActor):
-    """A learner rank on which replay is switched between two steps; nothing else depends on the setting."""
+    """A learner rank on which replay is switched between two steps. Without it the routers are those of Transformers:
+    no block of routes is opened, and what wraps them passes everything through."""
 
     def __init__(self, rank: int, num_ranks: int, num_threads: int | None) -> None:
         super().__init__(rank, num_ranks, num_threads)
         self._stopwatch = Stopwatch()
+        self._replay: Any = None
 
     def run(self, replayed: bool, batch: RankBatch, step: int) -> Timing:
         """One train step."""
+        self._replay = self._replay or self._worker.replay
+        self._worker.replay = self._replay if replayed else None
         routing_replay = Replay.auto if replayed else Replay.off
         self._worker.learner = replace(self._worker.learner, routing_replay=routing_replay)
         begin = time.perf_counter()
@@ -299,8 +304,10 @@ class Learner(LearnerActor):
 
         self._stopwatch.watch(worker, "fetch")
         self._stopwatch.watch(worker, "collate")
-        self._stopwatch.watch(self._worker.replay, "_open")
-        self._stopwatch.watch(self._worker.replay, "_select")
+        self._stopwatch.watch(self._replay, "_open")
+        for router in self._replay.routers:
+            self._stopwatch.watch(router.module, "forward")
+        self._stopwatch.watch(self._replay, "_select")
         self._stopwatch.watch(self._worker, "_trusted")
         self._stopwatch.watch(self._worker, "_check_routes")
         self._stopwatch.watch(worker, "add_route_metrics")

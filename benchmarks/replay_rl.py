@@ -1,6 +1,6 @@
 """RL with routing replay against RL without it, on the tiny MoE: reward, mismatch KL and F(1.1) over the steps.
 
-    .venv/bin/python benchmarks/replay_rl.py [--json FILE] [--picture FILE] [--seeds 5] [--steps 40] [--lr 5e-4 1e-3]
+    .venv/bin/python benchmarks/replay_rl.py [--json FILE] [--picture FILE] [--seeds 5] [--steps 40] [--lr 5e-4]
 
 One SFT model, then for every learning rate and seed two ordinary `rl` runs that differ in `learner.routing_replay`
 alone. The train/inference correction is off, so that nothing but replay guards the update; `--correction icepop` puts
@@ -62,7 +62,10 @@ def measure(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         base = args.model or sft.run(pipeline.sft_config(cfg), engines)
         for lr in args.lr:
             for seed in range(args.seeds):
-                for arm, routing_replay in ARMS.items():
+                arms = list(
+                    ARMS.items()
+                )  # which comes first changes, because the engines' random state goes on
+                for arm, routing_replay in arms if seed % 2 == 0 else arms[::-1]:
                     name = f"replay_rl/{arm.replace(' ', '_')}-lr{lr:g}-seed{seed}"
                     run = pipeline.rl_config(cfg, args.domain, base)
                     run = replace(
@@ -128,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="RL steps of each run")
     parser.add_argument("--sft-steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3])
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--domain", default="code")
     parser.add_argument("--correction", choices=[c.name for c in Correction], default="off")
     parser.add_argument("--model", help="start from this checkpoint instead of an SFT run")

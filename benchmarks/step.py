@@ -4,7 +4,8 @@
 
 Trains the tiny model by SFT for a moment (answers of a random model have no realistic length), makes four teachers
 out of it by a few more steps on their own domain, and runs the ordinary `mopd` run. The first steps warm up and are
-left out; the rest gives median seconds and tokens per second of each part.
+left out; the rest gives median seconds and tokens per second of each part: prompt and answer where a model runs over
+both (teacher, train), else sampled tokens.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from posttrain.engines import Engines
 from posttrain.runs import mopd, pipeline, sft
 
 WARM_UP_STEPS = 3
-PARTS = {  # part -> whose tokens it handles
+PARTS = {  # part -> whose tokens it is measured by
     "generate": "tokens/all",
     "reward": "tokens/all",
     "teacher": "num_tokens",
     "train": "num_tokens",
-    "update_weights": None,
-    "rest": None,
+    "update_weights": "tokens/all",
+    "rest": "tokens/all",
     "step": "tokens/all",
 }
 
@@ -67,7 +68,7 @@ def summarise(steps: list[dict[str, float]]) -> dict[str, Any]:
     parts = {}
     for part, tokens in PARTS.items():
         seconds = statistics.median(s.get(f"time_s/{part}", 0.0) for s in steps)
-        rate = statistics.median(s[tokens] for s in steps) / seconds if tokens and seconds else None
+        rate = statistics.median(s[tokens] for s in steps) / seconds if seconds else None
         parts[part] = {"seconds": seconds, "share": seconds / total, "tokens_per_s": rate}
     return {"num_steps": len(steps), "machine": platform.processor() or platform.machine(), "parts": parts}
 

@@ -47,10 +47,20 @@ REPLAY_BANDS = (
 )
 
 
+ROLLOUT_BANDS = (
+    Band(
+        name="rollouts_fail",
+        metric="failed/all",
+        limit=0.05,
+        hint="what fails is left out, and is seldom a fair sample; events.jsonl names the reasons",
+    ),
+)
+
+
 class Alarms:
     """Remembers which bands are left, so that an alarm does not repeat itself every step."""
 
-    def __init__(self, bands: tuple[Band, ...] = REPLAY_BANDS) -> None:
+    def __init__(self, bands: tuple[Band, ...] = REPLAY_BANDS + ROLLOUT_BANDS) -> None:
         self._bands = bands
         self._sounding: set[str] = set()
 

@@ -175,6 +175,9 @@ class RolloutConfig:
     """Ray actors, one vLLM engine each."""
     dtype: Dtype = Dtype.bfloat16
     """Weights and activations of the engine."""
+    head_dtype: Dtype | None = Dtype.float32
+    """Type of the LM head's product. float32 is that of the learner's softmax: rounding logits to bfloat16 was a quarter
+    of the k3 that routing replay leaves (docs/results.md). null: as dtype, for quantised heads."""
     max_new_tokens: int = 512
     """Upper bound on sampled tokens per turn."""
     max_turns: int = 1
@@ -190,9 +193,12 @@ class RolloutConfig:
     on_update: OnUpdate = OnUpdate.recompute
     """What happens to requests in flight when weights change: KV dropped and rebuilt, or kept and marked."""
     probe_tolerance: float = 0.1
-    """Largest mean |engine - learner| logprob of the probe text after an update; above it the run stops."""
+    """Largest mean |engine - learner| logprob of the probe texts after an update, nat; above it, or above 5 times what the
+    first update showed, the run stops."""
     max_retries: int = 2
     """Times a prompt is generated again after a worker died; then it is quarantined and named."""
+    environment_timeout_s: float | None = 300.0
+    """An environment that takes longer over one reply costs its rollout, not the run; null: no limit."""
     cores_per_worker: int = 1
     """CPU cores for each engine (CPU only)."""
     num_gpus_per_worker: float | None = None
@@ -215,7 +221,7 @@ class RolloutConfig:
         require(self.top_p == 1.0, "rollout.top_p", self.top_p, "training rollouts are sampled at top_p 1")
         require_at_least(1, "rollout", self, "max_model_len", "cores_per_worker")
         require_at_least(0, "rollout", self, "max_retries", "num_gpus_per_worker")
-        require_above(0, "rollout", self, "probe_tolerance")
+        require_above(0, "rollout", self, "probe_tolerance", "environment_timeout_s")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -471,6 +477,18 @@ class TeacherWorkerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RewardWorkerConfig:
+    num_workers: int = 1
+    """Ray actors that score; batches take turns among them."""
+    timeout_s: float | None = 60.0
+    """A reward that takes longer over one rollout is an error of that rollout, not a stopped run; null: no limit."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "reward_workers", self, "num_workers")
+        require_above(0, "reward_workers", self, "timeout_s")
+
+
+@dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     every_steps: int = 20
     """Steps between checkpoints; the last step always has one."""
@@ -544,7 +562,7 @@ class RunConfig:
     runs_dir: str = "runs"
     """Where run folders go."""
     seed: int = 0
-    """Seed of data order, sampling and everything else that is random."""
+    """Seed of data order, and of engines as they start; engines that serve several stages go on with their state."""
     fresh: bool = False
     """Start over: the folder's former content is moved to `<name>.old-<time>`. Default is to resume."""
     dry_run: bool = False
@@ -576,6 +594,7 @@ class PolicyRun(RunConfig):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: dict[str, Any] = field(default_factory=dict)
     """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
+    reward_workers: RewardWorkerConfig = field(default_factory=RewardWorkerConfig)
     environments: dict[str, Any] = field(default_factory=dict)
     """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
 
@@ -627,6 +646,7 @@ class PipelineRun(RunConfig):
     teacher_workers: TeacherWorkerConfig = field(default_factory=TeacherWorkerConfig)
     rewards: dict[str, Any] = field(default_factory=dict)
     """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
+    reward_workers: RewardWorkerConfig = field(default_factory=RewardWorkerConfig)
     environments: dict[str, Any] = field(default_factory=dict)
     """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -640,6 +660,7 @@ class EvalRun(RunConfig):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: dict[str, Any] = field(default_factory=dict)
     """`_target_` and arguments of one reward for every domain, or `<domain>: {_target_: ...}`."""
+    reward_workers: RewardWorkerConfig = field(default_factory=RewardWorkerConfig)
     environments: dict[str, Any] = field(default_factory=dict)
     """`<domain>: {_target_: ...}`: what answers a turn of the policy in this domain."""
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -14,7 +14,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import posttrain.cluster as cluster
-from posttrain.config import LearnerConfig, ModelConfig, RayConfig, RolloutConfig, TeacherWorkerConfig
+from posttrain.config import (
+    LearnerConfig,
+    ModelConfig,
+    RayConfig,
+    RewardWorkerConfig,
+    RolloutConfig,
+    TeacherWorkerConfig,
+)
 
 if TYPE_CHECKING:
     from posttrain.learner.group import LearnerGroup
@@ -96,16 +103,17 @@ class Engines:
         self._rollouts_key = key
         return self._rollouts
 
-    def rewards(self, cfg: dict[str, Any], domains: list[str]) -> RewardPool:
+    def rewards(self, cfg: dict[str, Any], workers: RewardWorkerConfig, domains: list[str]) -> RewardPool:
         """Reward workers for these domains."""
         from rewards.pool import RewardPool
 
-        if self._rewards is not None and self._rewards_key[0] == cfg and set(domains) <= self._rewards_key[1]:
+        key = (cfg, asdict(workers))
+        if self._rewards is not None and self._rewards_key[0] == key and set(domains) <= self._rewards_key[1]:
             return self._rewards
         if self._rewards is not None:
             self._rewards.shutdown()
-        self._rewards = RewardPool.start(cfg, domains)
-        self._rewards_key = (cfg, set(domains))
+        self._rewards = RewardPool.start(cfg, domains, workers)
+        self._rewards_key = (key, set(domains))
         return self._rewards
 
     def teachers(self, cfg: TeacherWorkerConfig, model: ModelConfig, paths: dict[str, str]) -> TeacherPool:

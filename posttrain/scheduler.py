@@ -8,7 +8,8 @@ repeats none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -34,13 +35,18 @@ class Scheduler(Generic[T]):
         by_source: the items of each source.
         weights: mixture weight of each source; a source that is not named has weight 1.
         seed: fixes the order within each source.
+        identify: bytes that tell one item from another, so that a resumed run notices rows that were edited or moved.
 
     Raises:
         UserError: no items, or no source with a positive weight.
     """
 
     def __init__(
-        self, by_source: Mapping[str, Sequence[T]], weights: dict[str, float] | None = None, seed: int = 0
+        self,
+        by_source: Mapping[str, Sequence[T]],
+        weights: dict[str, float] | None = None,
+        seed: int = 0,
+        identify: Callable[[T], bytes] = lambda item: repr(item).encode(),
     ) -> None:
         self._by_source = {source: items for source, items in by_source.items() if len(items)}
         weights = weights or {}
@@ -50,6 +56,7 @@ class Scheduler(Generic[T]):
                 "data.sources: nothing to draw from; give a source with rows and a weight above 0"
             )
         self._seed = seed
+        self._digests = {s: _digest(self._by_source[s], identify) for s in self._weights}
         self._position = dict.fromkeys(self._weights, 0)
         self._credit = dict.fromkeys(self._weights, 0.0)
         self._num_drawn = 0
@@ -76,6 +83,7 @@ class Scheduler(Generic[T]):
         return {
             "seed": self._seed,
             "sizes": {s: len(self._by_source[s]) for s in self._weights},
+            "digests": self._digests,
             "position": dict(self._position),
             "credit": dict(self._credit),
             "num_drawn": self._num_drawn,
@@ -90,6 +98,12 @@ class Scheduler(Generic[T]):
                 f"data.sources={sizes}: the checkpoint was made with {state['sizes']} and seed {state['seed']}; "
                 "resume with the same data and seed, or start over with fresh=true"
             )
+        for source, digest in self._digests.items():
+            if state.get("digests", self._digests)[source] != digest:
+                raise UserError(
+                    f"data.sources.{source}: its rows, their order or the chat template changed since the checkpoint; "
+                    "resume with the same data, or start over with fresh=true"
+                )
         self._position = dict(state["position"])
         self._credit = dict(state["credit"])
         self._num_drawn = state["num_drawn"]
@@ -126,3 +140,10 @@ class Scheduler(Generic[T]):
             rng = np.random.default_rng([self._seed, epoch, name])
             self._orders[key] = rng.permutation(len(items))
         return items[int(self._orders[key][offset])]
+
+
+def _digest(items: Sequence[T], identify: Callable[[T], bytes]) -> str:
+    total = hashlib.sha256()
+    for item in items:
+        total.update(hashlib.sha256(identify(item)).digest())
+    return total.hexdigest()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -17,13 +20,42 @@ from rewards.resolve import build
 SCORED = (RolloutStatus.completed, RolloutStatus.truncated)
 
 
-def score_rollout(reward: Reward, rollout: Rollout) -> RewardResult:
-    """Result of one rollout; whatever goes wrong in user code ends up in ``error``."""
+class TooSlow(BaseException):
+    """Raised in the middle of a reward. No `Exception`, so that the reward's own handlers let it pass."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raises `TooSlow` in the block once it has taken ``seconds`` (None: never). Main thread only, where Ray runs the
+    methods of an actor; code that never returns to Python cannot be stopped."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TooSlow
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def score_rollout(reward: Reward, rollout: Rollout, timeout_s: float | None = None) -> RewardResult:
+    """Result of one rollout; whatever goes wrong in user code, or takes too long, ends up in ``error``."""
     if rollout.status not in SCORED:
         return RewardResult(reward=0.0, error=rollout.error or rollout.status.value)
     try:  # code of a user
-        value, breakdown = reward.score(rollout)
+        with time_limit(timeout_s):
+            value, breakdown = reward.score(rollout)
         value, breakdown = float(value), {str(name): float(part) for name, part in breakdown.items()}
+    except TooSlow:
+        return RewardResult(
+            reward=0.0, error=f"the reward took longer than reward_workers.timeout_s={timeout_s:g}"
+        )
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
@@ -36,7 +68,10 @@ def score_rollout(reward: Reward, rollout: Rollout) -> RewardResult:
 class RewardWorker:
     """Holds one reward per domain. Runs as a Ray actor (`rewards.pool`), or in process in tests."""
 
-    def __init__(self, entries: dict[str, dict[str, Any]], search_path: list[str]) -> None:
+    def __init__(
+        self, entries: dict[str, dict[str, Any]], search_path: list[str], timeout_s: float | None = None
+    ) -> None:
+        self._timeout_s = timeout_s
         sys.path += [folder for folder in search_path if folder not in sys.path]
         self._rewards: dict[str, Reward] = {}
         self._problem: str | None = None
@@ -57,4 +92,7 @@ class RewardWorker:
     def score(self, group_refs: list[Any]) -> list[list[RewardResult]]:
         """Results of every rollout of every group, in order."""
         groups: list[RolloutGroup] = ray.get(group_refs)
-        return [[score_rollout(self._rewards[r.domain], r) for r in group.rollouts] for group in groups]
+        return [
+            [score_rollout(self._rewards[r.domain], r, self._timeout_s) for r in group.rollouts]
+            for group in groups
+        ]

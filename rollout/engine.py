@@ -80,7 +80,10 @@ def engine_options(cfg: RolloutConfig, model: ModelConfig, seed: int) -> dict[st
     }
     if current_platform.is_cpu():
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
-    return options | FIXED_OPTIONS | cfg.vllm
+    merged = options | FIXED_OPTIONS | cfg.vllm
+    if cfg.head_dtype is not None and not callable(merged.get("hf_overrides")):
+        merged["hf_overrides"] = {"head_dtype": cfg.head_dtype.value} | (merged.get("hf_overrides") or {})
+    return merged
 
 
 def _moe_layers(worker: Any) -> list[int]:

@@ -7,8 +7,8 @@ and rewards. Owns the statuses of a rollout: whatever goes wrong with one sample
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,9 @@ class EpisodeTools:
     encode_reply: Callable[[list[dict[str, Any]], list[dict[str, Any]], Any], np.ndarray]
     max_model_len: int
     environment: Environment | None
-    threads: Executor  # environments run here
+    calls: asyncio.Semaphore  # environments that run at once
     next_request_id: Callable[[], str]
+    environment_timeout_s: float | None = None
 
 
 def _given_turn(author: str, token_ids: np.ndarray) -> Turn:
@@ -96,8 +97,12 @@ async def run_episode(
         text = tools.decode(result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids)
         rollout.messages.append({"role": "assistant", "content": text})
         rollout.finish_reason = result.finish_reason
-        if result.finish_reason != "stop":
+        if result.finish_reason == "length":
             return _close(rollout, routes, RolloutStatus.truncated)
+        if result.finish_reason != "stop":
+            rollout.error = f"the engine ended the request by {result.finish_reason!r}"
+            rollout.finish_reason = "error"
+            return rollout
         if tools.environment is None:
             return _close(rollout, routes, RolloutStatus.completed)
         reply = await _ask(tools, prompt, rollout)
@@ -121,22 +126,47 @@ async def run_episode(
     return _close(rollout, routes, RolloutStatus.truncated)
 
 
+def in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Result of ``function`` in a thread of its own: code of a user that hangs keeps nobody else from running."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def settle(setter: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            setter(value)
+
+    def run() -> None:
+        try:  # whatever it raises belongs to the caller
+            outcome: tuple[Any, Any] = (future.set_result, function(*arguments))
+        except Exception as error:
+            outcome = (future.set_exception, error)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="environment", daemon=True).start()
+    return future
+
+
 async def _ask(tools: EpisodeTools, prompt: Prompt, rollout: Rollout) -> EnvironmentReply | None:
     """The environment's answer, or None with ``rollout.error`` set. User code is the other side: whatever it raises
     costs this one rollout."""
     assert tools.environment is not None
-    loop = asyncio.get_running_loop()
+    messages = [dict(message) for message in rollout.messages]
+    limit = tools.environment_timeout_s
     try:
-        reply = await loop.run_in_executor(
-            tools.threads, tools.environment.respond, prompt, [dict(message) for message in rollout.messages]
-        )
+        async with tools.calls:  # the clock starts with the call; one that was given up frees its place
+            asked = in_thread(tools.environment.respond, prompt, messages)
+            reply = await asyncio.wait_for(asked, limit)
         if not isinstance(reply, EnvironmentReply):
             raise TypeError(f"respond() returned {type(reply).__name__}, an EnvironmentReply is needed")
         if not reply.done and not reply.messages:
             raise ValueError("respond() returned no message and did not end the episode")
         return reply
     except Exception as error:
-        rollout.error = f"environment of {prompt.domain}: {type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if asked.cancelled():  # by the time limit
+            reason = f"no reply within rollout.environment_timeout_s={limit:g}"
+        rollout.error = f"environment of {prompt.domain}: {reason}"
         return None
 
 

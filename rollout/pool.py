@@ -28,6 +28,7 @@ from rollout.checkpoint import read_checkpoint
 from rollout.worker import RolloutWorker
 
 MAX_FAILED_STARTS = 3  # in a row, of one worker
+REASON_LENGTH = 300  # characters of Ray's report on a dead actor
 SAMPLES_PER_CALL = 8  # a call to an actor costs about 1 ms of CPU, as much as sampling a short answer
 
 
@@ -99,6 +100,7 @@ class RolloutPool:
         self._lost: list[str] = []
         self.quarantined: list[tuple[str, str]] = []  # (prompt_id, reason), all since the start
         self.num_restarts = 0
+        self._restarts: list[tuple[str, str]] = []
         self._workers = [_Worker(index=index) for index in range(cfg.num_workers)]
         self.infos: list[EngineInfo] = []
 
@@ -174,6 +176,11 @@ class RolloutPool:
         lost, self._lost = self._lost, []
         return lost
 
+    def pop_restarts(self) -> list[tuple[str, str]]:
+        """(worker, reason) of the workers that died and were started again since the last call."""
+        restarts, self._restarts = self._restarts, []
+        return restarts
+
     def update_weights(self, bundle_ref: Any, policy_version: int) -> dict[str, float]:
         """Put the `WeightBundle` behind ``bundle_ref`` into every engine, in flight or not, and wait for all.
 
@@ -188,8 +195,8 @@ class RolloutPool:
         for worker, ref in zip(self._workers, refs, strict=True):
             try:
                 reports.append(_get(ref))
-            except RayActorError:
-                self._restart(worker)  # it starts with the new weights
+            except RayActorError as error:
+                self._restart(worker, error)  # it starts with the new weights
         self._finish_starts()
         return {
             "update_s": max((report["update_s"] for report in reports), default=0.0),
@@ -225,8 +232,8 @@ class RolloutPool:
         worker = self._workers[index]
         try:
             return _get(getattr(worker.actor, method).remote(*arguments))
-        except RayActorError:
-            self._restart(worker)
+        except RayActorError as error:
+            self._restart(worker, error)
             self._finish_starts()
             return _get(getattr(worker.actor, method).remote(*arguments))
 
@@ -271,7 +278,7 @@ class RolloutPool:
             summaries = _get(ref)
         except RayActorError as error:
             if is_present:
-                self._restart(worker)
+                self._restart(worker, error)
             for job in call.jobs:
                 self._retry(job, str(error).splitlines()[0])
             return []
@@ -293,9 +300,10 @@ class RolloutPool:
         worker.ready = worker.actor.start.remote(self._bundle_ref)
         worker.calls, worker.is_reserved = set(), False
 
-    def _restart(self, worker: _Worker) -> None:
+    def _restart(self, worker: _Worker, error: RayActorError) -> None:
         ray.kill(worker.actor)
         self.num_restarts += 1
+        self._restarts.append((f"rollout-{worker.index}", " ".join(str(error).split())[:REASON_LENGTH]))
         self._launch(worker)
 
     def _welcome_started(self) -> None:
@@ -311,7 +319,7 @@ class RolloutPool:
                     raise RuntimeError(
                         f"rollout worker {worker.index} died in {MAX_FAILED_STARTS} starts"
                     ) from error
-                self._restart(worker)
+                self._restart(worker, error)
                 continue
             worker.ready, worker.num_failed_starts = None, 0
 

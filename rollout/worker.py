@@ -29,7 +29,7 @@ from rollout.segment import Segment, SegmentResult
 if TYPE_CHECKING:
     from rollout.engine import Engine
 
-ENVIRONMENT_THREADS = 64
+ENVIRONMENT_CALLS = 64  # at once
 GATHER_S = 0.005  # an idle engine waits this long for the next call of a batch
 
 
@@ -45,7 +45,7 @@ class RolloutWorker:
         self._environment_configs = environments
         self._seed = seed
         self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._environment_threads = ThreadPoolExecutor(ENVIRONMENT_THREADS, thread_name_prefix="environment")
+        self._environment_calls = asyncio.Semaphore(ENVIRONMENT_CALLS)
         self._waiting: dict[str, asyncio.Future[SegmentResult]] = {}
         self._arrivals: list[Segment] = []
         self._aborts: list[str] = []
@@ -98,8 +98,9 @@ class RolloutWorker:
             encode_reply=self._encode_reply,
             max_model_len=limit,
             environment=self._environments.get(prompt.domain),
-            threads=self._environment_threads,
+            calls=self._environment_calls,
             next_request_id=self._next_request_id,
+            environment_timeout_s=self._cfg.environment_timeout_s,
         )
         episodes = [
             asyncio.create_task(run_episode(prompt, settings, group_id, index, tools))

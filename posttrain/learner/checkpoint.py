@@ -16,6 +16,7 @@ from torch import nn
 
 from posttrain.config import LearnerConfig, UserError
 from posttrain.learner.metrics import agree
+from posttrain.learner.optimizer import set_adamw
 
 TAG = "state"
 IDENTITY = "learner.json"
@@ -66,10 +67,12 @@ def _difference(folder: Path, own: dict[str, Any]) -> UserError | None:
     return None
 
 
-def load(folder: Path, engine: Any) -> None:
-    """Restores weights, buffers, optimizer state and generators into a freshly built engine. A collective."""
+def load(folder: Path, engine: Any, learner: LearnerConfig) -> None:
+    """Restores weights, buffers, optimizer state and generators into a freshly built engine; AdamW's own settings are
+    those of ``learner``. A collective."""
     loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
     assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
+    set_adamw(engine.basic_optimizer.param_groups, learner)
     _set_generators(torch.load(folder / f"generators_{dist.get_rank()}.pt", weights_only=True))
 
 

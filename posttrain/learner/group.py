@@ -109,9 +109,11 @@ class LearnerGroup:
         """Reference to a `WeightBundle` with all weights under checkpoint names, matrices in ``dtype``."""
         self._ready()
         calls = [rank.export_weights.remote(policy_version, dtype) for rank in self._ranks]
-        ray.wait(calls, num_returns=len(calls), fetch_local=False)
-        if len(calls) > 1:
-            self._wait(calls[1:])
+        pending = list(calls)
+        while pending:  # a rank that failed is raised at once; the weights themselves stay where they are
+            done, pending = ray.wait(pending, num_returns=1, fetch_local=False)
+            if done != calls[:1]:
+                self._wait(done)
         return calls[0]
 
     def save_model(self, folder: Path) -> None:

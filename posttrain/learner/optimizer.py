@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,14 @@ def build_optimizer(module: nn.Module, learner: LearnerConfig) -> torch.optim.Ad
         betas=(first, second),
         eps=learner.eps,
     )
+
+
+def set_adamw(groups: list[dict[str, Any]], learner: LearnerConfig) -> None:
+    """Betas, epsilon and decay of ``learner`` in the groups of `build_optimizer`: a loaded state brings those it was saved
+    with. The group of matrices is the first."""
+    for index, group in enumerate(groups):
+        group["betas"], group["eps"] = tuple(learner.betas), learner.eps
+        group["weight_decay"] = learner.weight_decay if index == 0 else 0.0
 
 
 def learning_rate(learner: LearnerConfig, step: int, total_steps: int) -> float:

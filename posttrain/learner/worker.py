@@ -308,7 +308,7 @@ class LearnerWorker:
         checkpoint.check(folder, self.policy, self.learner)
         if self.trained:  # DeepSpeed loads into an engine that has not trained yet
             self.reset(self.learner, self.model_config, self.total_steps, self.seed)
-        checkpoint.load(folder, self.engine)
+        checkpoint.load(folder, self.engine, self.learner)
         self.trained = True
 
     # ---- parts ----

@@ -50,7 +50,7 @@ def run(cfg: EvalRun, engines: Engines | None = None) -> None:
     prompts = held_out(load_prompts(cfg.data, tokenizer, room(cfg.rollout), eval=True), cfg.eval.num_prompts)
     with Engines(cfg.ray) as engines:
         starting = engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed)
-        rewards = engines.rewards(cfg.rewards, sorted(prompts))
+        rewards = engines.rewards(cfg.rewards, cfg.reward_workers, sorted(prompts))
         rollouts = starting.result()
         scores = evaluate(rollouts, rewards, prompts, *eval_settings(cfg))
     folder.write_json("scores.json", scores.to_json())

@@ -102,7 +102,7 @@ def warm_up(engines: Engines, cfg: PipelineRun, domains: list[str]) -> None:
     starting = [
         engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed),
         engines.in_background(engines.teachers, cfg.teacher_workers, cfg.model, {}),
-        engines.in_background(engines.rewards, cfg.rewards, domains),
+        engines.in_background(engines.rewards, cfg.rewards, cfg.reward_workers, domains),
         engines.in_background(engines.learner, cfg.sft.learner, cfg.model, cfg.sft.algorithm.steps, cfg.seed),
     ]
     for engine in starting:
@@ -153,6 +153,7 @@ def rl_config(cfg: PipelineRun, domain: str, sft_model: str) -> RLRun:
         learner=cfg.rl.learner,
         rollout=cfg.rollout,
         rewards=cfg.rewards,
+        reward_workers=cfg.reward_workers,
         environments=cfg.environments,
     )
 
@@ -164,6 +165,7 @@ def mopd_config(cfg: PipelineRun, sft_model: str, teachers: dict[str, str]) -> M
         learner=cfg.mopd.learner,
         rollout=cfg.rollout,
         rewards=cfg.rewards,
+        reward_workers=cfg.reward_workers,
         environments=cfg.environments,
         teachers={d: given_teacher(d, cfg.teachers[d], path, sft_model) for d, path in teachers.items()},
         teacher_workers=cfg.teacher_workers,
@@ -211,7 +213,7 @@ def evaluate_all(
     SFT, student and merge see every held-out prompt; a teacher sees all of its own domain and
     ``eval.cross_num_prompts`` of the others.
     """
-    rewards = engines.rewards(cfg.rewards, sorted(cfg.teachers))
+    rewards = engines.rewards(cfg.rewards, cfg.reward_workers, sorted(cfg.teachers))
     sampled, greedy = evaluate.eval_settings(cfg)
     scores = {}
     for version, (name, path) in enumerate(models.items()):

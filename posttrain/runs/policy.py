@@ -42,7 +42,12 @@ def run_policy(
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     prompts = training_prompts(cfg, tokenizer)
     domains = sorted({p.domain for p in prompts})
-    scheduler = Scheduler(by_source(prompts), source_weights(cfg.data), cfg.seed)
+    scheduler = Scheduler(
+        by_source(prompts),
+        source_weights(cfg.data),
+        cfg.seed,
+        identify=lambda p: p.prompt_id.encode() + p.token_ids.tobytes(),
+    )
     file_rows = teacher_files(cfg)
 
     with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
@@ -53,13 +58,17 @@ def run_policy(
             ),
             engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed),
         ]
-        rewards = engines.rewards(cfg.rewards, domains) if cfg.rewards else None
+        rewards = engines.rewards(cfg.rewards, cfg.reward_workers, domains) if cfg.rewards else None
         teachers = None
-        if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
+        needs_teachers = isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0
+        if isinstance(cfg, MOPDRun) and needs_teachers:
+            engines.teachers(cfg.teacher_workers, cfg.model, {})
+        learner, rollouts = (s.result() for s in starting)
+        assert learner.info is not None  # it has its GPUs; the teachers get what is left
+        if isinstance(cfg, MOPDRun) and needs_teachers:
             teachers = engines.teachers(
                 cfg.teacher_workers, cfg.model, {d: teacher_paths[d] for d in domains}
             )
-        learner, rollouts = (s.result() for s in starting)
 
         # Where a former process of this run stopped.
         first_step = 1

@@ -28,7 +28,11 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
     if folder.finished:
         print(f"{folder.path}: finished before; nothing to do")
         return str(folder.model)
-    scheduler = Scheduler(*conversations(cfg), cfg.seed)
+    scheduler = Scheduler(
+        *conversations(cfg),
+        cfg.seed,
+        identify=lambda sample: sample.token_ids.tobytes() + sample.loss_mask.tobytes(),
+    )
     with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
         learner = engines.learner(cfg.learner, cfg.model, cfg.algorithm.steps, cfg.seed)
         first_step = 1

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import ray
 
-from posttrain.config import UserError
+from posttrain.config import RewardWorkerConfig, UserError
 from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus
 from rewards.pool import RewardPool
 
 pytestmark = pytest.mark.integration
 
 MODULE = """
-import os, pathlib
+import os, pathlib, time
 
 class Broken:
     def score(self, rollout):
@@ -30,6 +30,21 @@ class DiesOnce:
             self.marker.touch()
             os._exit(1)
         return 0.25, {}
+
+class Deadly:
+    def score(self, rollout):
+        if rollout.completion == "deadly":
+            os._exit(1)
+        return 0.75, {}
+
+class Hangs:
+    def score(self, rollout):
+        while rollout.completion == "hang":
+            try:
+                time.sleep(0.01)
+            except Exception:
+                pass
+        return 0.5, {}
 
 class Unbuildable:
     def __init__(self):
@@ -78,7 +93,9 @@ def group(name: str, domain: str, texts: list[str], status=RolloutStatus.complet
 def test_pool_scores_groups_in_order(ray_local, user_module, num_workers):
     exact = {"_target_": "rewards.exact_match.ExactMatch"}
     pool = RewardPool.start(
-        {"math": exact, "code": {"_target_": f"{user_module}.Broken"}}, ["math", "code"], num_workers
+        {"math": exact, "code": {"_target_": f"{user_module}.Broken"}},
+        ["math", "code"],
+        RewardWorkerConfig(num_workers=num_workers),
     )
     groups = [
         group("a", "math", ["42", "41"]),
@@ -99,6 +116,26 @@ def test_a_verifier_that_ends_its_process_is_started_again(ray_local, user_modul
     pool = RewardPool.start(entry, ["math"])
     (results,) = ray.get(pool.score([ray.put(group("a", "math", ["x", "y"]))]))
     assert os.path.exists(tmp_path / "died") and [r.reward for r in results] == [0.25, 0.25]
+    pool.shutdown()
+
+
+def test_a_verifier_that_hangs_is_an_error_of_its_rollout(ray_local, user_module):
+    entry = {"_target_": f"{user_module}.Hangs"}
+    pool = RewardPool.start(entry, ["math"], RewardWorkerConfig(timeout_s=0.2))
+    ((hung, fine),) = ray.get(pool.score([ray.put(group("a", "math", ["hang", "fine"]))]))
+    assert hung.error == "the reward took longer than reward_workers.timeout_s=0.2"
+    assert (fine.reward, fine.error) == (0.5, None)
+    pool.shutdown()
+
+
+def test_a_rollout_that_kills_its_verifier_costs_its_group_alone(ray_local, user_module):
+    pool = RewardPool.start(
+        {"_target_": f"{user_module}.Deadly"}, ["math"], RewardWorkerConfig(num_workers=2)
+    )
+    groups = [group(f"g{i}", "math", ["fine", "deadly" if i == 3 else "fine"]) for i in range(20)]
+    results = pool.score_all([(ray.put(g), 2) for g in groups])
+    assert [r.reward for i, found in enumerate(results) for r in found if i != 3] == [0.75] * 38
+    assert all(r.error is not None and "died" in r.error for r in results[3]) and len(results[3]) == 2
     pool.shutdown()
 
 

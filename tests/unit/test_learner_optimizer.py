@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.config import LearnerConfig, Schedule
-from posttrain.learner.optimizer import batch_rates, build_optimizer, learning_rate
+from posttrain.learner.optimizer import batch_rates, build_optimizer, learning_rate, set_adamw
 
 
 def rates(total: int, **options: object) -> list[float]:
@@ -47,3 +47,15 @@ def test_vectors_are_not_decayed_and_frozen_parameters_left_out() -> None:
     module[2].weight.requires_grad_(False)
     groups = build_optimizer(module, LearnerConfig(weight_decay=0.1)).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (4, 0.0)]
+
+
+def test_a_loaded_state_takes_the_settings_of_the_config() -> None:
+    module = torch.nn.Linear(3, 3)
+    saved = build_optimizer(module, LearnerConfig(weight_decay=0.0, eps=1e-8)).state_dict()
+    learner = LearnerConfig(weight_decay=0.1, eps=1e-6, betas=[0.8, 0.9])
+    optimizer = build_optimizer(module, learner)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0, "torch brings back what was saved"
+    set_adamw(optimizer.param_groups, learner)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all(group["eps"] == 1e-6 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -72,6 +71,7 @@ def run(
     *,
     max_turns: int = 4,
     max_model_len: int = 100,
+    timeout_s: float | None = None,
 ) -> Rollout:
     prompt = Prompt(
         prompt_id="p",
@@ -81,18 +81,36 @@ def run(
         token_ids=np.array([50, 51, 52], dtype=np.int32),
     )
     ids = itertools.count()
-    with ThreadPoolExecutor(2) as threads:
+
+    async def episode() -> Rollout:
         tools = EpisodeTools(
             sample=engine.sample,
             decode=lambda token_ids: " ".join(map(str, token_ids.tolist())),
             encode_reply=lambda before, reply, tools: np.array([90 + len(reply), 91], dtype=np.int32),
             max_model_len=max_model_len,
             environment=environment,
-            threads=threads,
+            calls=asyncio.Semaphore(2),
             next_request_id=lambda: str(next(ids)),
+            environment_timeout_s=timeout_s,
         )
         settings = SamplingSettings(max_new_tokens=5, max_turns=max_turns, seed=7)
-        return asyncio.run(run_episode(prompt, settings, "g", 1, tools))
+        return await run_episode(prompt, settings, "g", 1, tools)
+
+    return asyncio.run(episode())
+
+
+class Waits:
+    def respond(self, prompt: Prompt, messages: list[dict[str, Any]]) -> EnvironmentReply:
+        time.sleep(1.0)
+        return DONE
+
+
+def test_an_environment_that_hangs_costs_its_rollout_alone() -> None:
+    rollout = run(ScriptedEngine([[5, END]]), Waits(), timeout_s=0.05)
+    assert rollout.status is RolloutStatus.environment_error
+    assert rollout.error == "environment of tool: no reply within rollout.environment_timeout_s=0.05"
+    own = run(ScriptedEngine([[5, END]]), Scripted(TimeoutError("gateway")), timeout_s=5.0)
+    assert own.error == "environment of tool: TimeoutError: gateway"
 
 
 def test_single_turn_that_ends_by_itself() -> None:
@@ -149,6 +167,18 @@ def test_an_environment_that_fails_is_an_error_of_this_rollout() -> None:
         assert rollout.error is not None and rollout.error.startswith("environment of tool:")
 
 
+def test_a_request_that_the_engine_aborted_is_no_truncation() -> None:
+    class Aborts(ScriptedEngine):
+        async def sample(self, segment: Segment) -> SegmentResult:
+            result = await super().sample(segment)
+            result.finish_reason = "abort"
+            return result
+
+    rollout = run(Aborts([[5, 6]]))
+    assert rollout.status is RolloutStatus.engine_error and rollout.finish_reason == "error"
+    assert rollout.error == "the engine ended the request by 'abort'"
+
+
 def test_unusable_output_of_the_engine_is_an_error_of_this_rollout() -> None:
     rollout = run(ScriptedEngine([[5, END]], error="short"), Scripted(DONE))
     assert rollout.status is RolloutStatus.engine_error and rollout.error == "short"
@@ -164,29 +194,29 @@ def test_a_slow_environment_delays_nobody() -> None:
     async def both() -> list[float]:
         started, ends = time.monotonic(), []
         ids = itertools.count()
-        with ThreadPoolExecutor(2) as threads:
+        calls = asyncio.Semaphore(2)
 
-            async def one(environment: Environment | None) -> None:
-                tools = EpisodeTools(
-                    sample=ScriptedEngine([[5, END]]).sample,
-                    decode=str,
-                    encode_reply=lambda *_: np.zeros(1, dtype=np.int32),
-                    max_model_len=100,
-                    environment=environment,
-                    threads=threads,
-                    next_request_id=lambda: str(next(ids)),
-                )
-                prompt = Prompt(
-                    prompt_id="p",
-                    source="s",
-                    domain="d",
-                    messages=[],
-                    token_ids=np.array([1], dtype=np.int32),
-                )
-                await run_episode(prompt, SamplingSettings(), "g", 0, tools)
-                ends.append(time.monotonic() - started)
+        async def one(environment: Environment | None) -> None:
+            tools = EpisodeTools(
+                sample=ScriptedEngine([[5, END]]).sample,
+                decode=str,
+                encode_reply=lambda *_: np.zeros(1, dtype=np.int32),
+                max_model_len=100,
+                environment=environment,
+                calls=calls,
+                next_request_id=lambda: str(next(ids)),
+            )
+            prompt = Prompt(
+                prompt_id="p",
+                source="s",
+                domain="d",
+                messages=[],
+                token_ids=np.array([1], dtype=np.int32),
+            )
+            await run_episode(prompt, SamplingSettings(), "g", 0, tools)
+            ends.append(time.monotonic() - started)
 
-            await asyncio.gather(one(Slow()), one(None))
+        await asyncio.gather(one(Slow()), one(None))
         return ends
 
     first, last = asyncio.run(both())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from posttrain.learner.errors import RecordError
 from posttrain.learner.metrics import Totals
-from posttrain.learner.moe.replay import RouterReplay
+from posttrain.learner.moe.replay import LiveRouting, RouterReplay
 from posttrain.learner.monitors import routes as monitor
 from posttrain.learner.monitors.routes import RouteWatch, add_route_metrics, route_distance
 from tests.unit.moe_families import FAMILIES, NUM_EXPERTS, TOP_K
@@ -117,7 +117,8 @@ def test_wrong_routes_are_named_and_stay_out(fault, watch: RouteWatch) -> None: 
 def test_many_wrong_rollouts_stop_the_step(watch: RouteWatch) -> None:
     run(recorded(seed=1), watch)
     with pytest.raises(
-        RecordError, match=r"4 of 4 rollouts have routes that are missing or contradict.*rollout g0/0: its routes in layer"
+        RecordError,
+        match=r"4 of 4 rollouts have routes that are missing or contradict.*rollout g0/0: its routes in layer",
     ):
         watch.check(num_samples=B)
 
@@ -147,3 +148,57 @@ def test_metrics_by_global_layer_number(watch: RouteWatch, monkeypatch: pytest.M
     both = [metrics[f"replay/route_mismatch/layer_{layer}"] for layer in (1, 2)]
     assert all(0.1 < share < 0.5 for share in both)
     assert metrics["replay/route_mismatch"] == pytest.approx(sum(both) / 2)
+
+
+def live_routing(outside: Tensor) -> LiveRouting:
+    """``outside`` [L, N] with loads that are even."""
+    num_tokens = torch.tensor(float(outside.shape[1]), dtype=torch.float64)
+    layers = torch.zeros(len(outside), dtype=torch.float64)
+    return LiveRouting(
+        counts_LE=torch.full((len(outside), NUM_EXPERTS), float(num_tokens) * TOP_K / NUM_EXPERTS).double(),
+        mismatched_L=layers,
+        replayed_L=layers,
+        num_tokens=num_tokens,
+        num_expected=num_tokens,
+        outside_LN=outside,
+        scores=[],
+        indices=[],
+    )
+
+
+def test_one_wrong_turn_of_a_long_episode_is_not_averaged_away() -> None:
+    documents = torch.full((3, 110), -1)
+    for row, length in enumerate((100, 110, 9)):
+        documents[row, :length] = row
+    outside = torch.zeros(2, 3, 110, dtype=torch.uint8)
+    outside[1, 0, 70:100] = TOP_K  # the last 30 of 100 tokens
+    outside[0, 1, ::10] = 1  # close calls
+    expected = documents >= 0
+    distance = route_distance(live_routing(outside.flatten(1)), documents, expected, TOP_K)
+    assert distance.value.argmax() == 0 and distance.value[0] > 0.8
+    assert distance.value[1] < 0.2 and distance.value[2] == 0
+    assert (int(distance.layer[0]), int(distance.start[0])) == (1, 64)
+    means = outside.flatten(1)[:, expected.flatten()].double().mean()
+    assert means < 0.2, "over the whole it would pass"
+
+
+def test_windows_tile_documents_that_lie_in_any_order() -> None:
+    ids = torch.tensor([2] * 70 + [0] * 31 + [1] * 33 + [4] * 64)
+    windows, firsts = monitor._windows(ids, 5)
+    assert firsts.tolist() == [0, 1, 2, 4, 5, 7]  # the fourth document has no token
+    assert torch.bincount(windows, minlength=7).tolist() == [31, 33, 32, 38, 0, 32, 32]
+
+
+def test_what_stays_out_stays_out_of_every_update(watch: RouteWatch) -> None:
+    routes = recorded()
+    swap_layers(routes)
+    assert run(routes, watch).tolist() == [True, False, True, True]
+    watch.check(num_samples=B)
+    assert run(recorded(), watch).tolist() == [True, False, True, True], (
+        "the policy came nearer after an update"
+    )
+    others = recorded()
+    others[2] = recorded(seed=1)[2]
+    assert run(others, watch).tolist() == [True, False, True, True], "or went away from another rollout"
+    watch.check(num_samples=B)
+    assert list(watch.rejected) == ["rollout g1/0"]

@@ -67,6 +67,17 @@ def test_other_data_or_seed_is_refused() -> None:
         Scheduler(ITEMS, seed=6).load_state(state)
 
 
+def test_rows_that_were_moved_or_edited_are_noticed() -> None:
+    state = Scheduler(ITEMS, seed=5).state()
+    for rows in (ITEMS["math"][::-1], [*ITEMS["math"][:-1], "another row"]):
+        with pytest.raises(
+            UserError, match=r"data\.sources\.math: its rows, their order or the chat template"
+        ):
+            Scheduler({**ITEMS, "math": rows}, seed=5).load_state(state)
+    del state["digests"]  # of a checkpoint made before there were any
+    Scheduler(ITEMS, seed=5).load_state(state)
+
+
 def test_nothing_to_draw_from_is_refused() -> None:
     with pytest.raises(UserError, match="nothing to draw from"):
         Scheduler({"math": []})
