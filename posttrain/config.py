@@ -127,6 +127,24 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
+# Gates of the preflight whose red line a config may accept by name (`teachers.gates` says what each looks at).
+ACCEPTABLE = (
+    "vocabulary",
+    "special_tokens",
+    "chat_template",
+    "tokenizer",
+    "revision",
+    "self_teacher",
+    "tensors",
+    "weights",
+    "foreign",
+    "adapter",
+    "scoring",
+    "noise",
+    "initial_kl",
+)
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     path: str = MISSING
@@ -508,6 +526,10 @@ class TeacherConfig:
     """LoRA adapter (PEFT directory) on top of path, or of the start model where path is null; one base serves many."""
     model: str | None = None
     """backend=server only: the name under which the server holds the teacher."""
+    revision: str | None = None
+    """Hub revision; of a folder, the commit that it must have been fetched at."""
+    self: bool = False
+    """This teacher is the student itself, on purpose; otherwise such a teacher is refused, because it teaches nothing."""
     train: TeacherTraining = TeacherTraining.rl
     """pipeline only: rl (from the SFT model), sft (on the domain's own data) or none (path, or the SFT model itself). In
     later rounds the former student takes the place of the SFT model."""
@@ -542,8 +564,17 @@ class TeacherWorkerConfig:
     """Seconds that a server may take for one text."""
     server_retries: int = 4
     """Times a text is sent again after a timeout, a lost connection or an overloaded server; then the run stops."""
+    accept: list[str] = field(default_factory=list)
+    """Red lines of the preflight that do not stop the run, by the name of their gate: `[foreign, chat_template]`."""
 
     def __post_init__(self) -> None:
+        for name in self.accept:
+            require(
+                name in ACCEPTABLE,
+                "teacher_workers.accept",
+                name,
+                f"no such gate, or none that can be accepted; choose among {', '.join(ACCEPTABLE)}",
+            )
         require_at_least(
             1,
             "teacher_workers",
@@ -895,13 +926,31 @@ class ReplayCheck:
 
 
 @dataclass(kw_only=True, slots=True)
+class TeacherCheck:
+    num_samples: int = 32
+    """Answers of the student to score, per domain."""
+    max_new_tokens: int = 256
+    """Upper bound on sampled tokens of each."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "teacher_check", self, "num_samples", "max_new_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
 class DoctorRun(RunConfig):
-    """`posttrain doctor`: versions, devices, memory, and what is wrong; `posttrain doctor replay`: routing replay."""
+    """`posttrain doctor`: versions, devices, memory, and what is wrong; `doctor replay`: routing replay; `doctor
+    teachers`: are these the right teachers?"""
 
     name: str = "doctor"
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     replay: ReplayCheck = field(default_factory=ReplayCheck)
+    domain: str | None = None
+    """doctor teachers: look at this domain's prompts and teacher only; null: all."""
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Teacher of each domain: `teachers.math.path=DIR`, as in `mopd`."""
+    teacher_workers: TeacherWorkerConfig = field(default_factory=TeacherWorkerConfig)
+    teacher_check: TeacherCheck = field(default_factory=TeacherCheck)
 
 
 RUNS: dict[str, type[RunConfig]] = {

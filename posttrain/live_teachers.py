@@ -1,13 +1,14 @@
 """The teachers of a run, which may change between two steps: by call, or by the file `teachers.yaml` in its folder.
 
 Owns which teacher is in use (`teachers.json`, from which a resumed run goes on), its version, and the way back: a new
-teacher passes the same preflight as the first ones, and becomes final with its first gap check; one that fails either
-is an event, and the former teacher stays. Every change is an event with step, version and fingerprint.
+teacher passes the same gates as the first ones, from files and then on the student's next samples, with which it becomes
+final; one that fails is an event, and the former teacher stays. Every change is an event with step, version and fingerprint.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,14 +17,17 @@ import yaml
 from ray.exceptions import RayError
 
 from posttrain.config import MOPDRun, TeacherBackend, TeacherConfig, UserError
+from posttrain.preflight import Preflight
+from posttrain.records import Rollout
 from posttrain.run_folder import RunFolder
 from posttrain.tracking import Tracker
 from teachers.check import check_teachers, teacher_fingerprint
+from teachers.gates import GateRow
 from teachers.pool import TeacherPool
 from teachers.teacher import Teacher, build
 
 FILE, RECORD = "teachers.yaml", "teachers.json"
-SWAPPABLE = ("path", "backend", "adapter", "model")
+SWAPPABLE = ("path", "backend", "adapter", "model", "revision", "self")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,24 +52,33 @@ class Record:
 
 
 class LiveTeachers:
-    """`TeacherPool` with a memory. ``record.teachers`` are loaded in ``pool`` already."""
+    """`TeacherPool` with a memory. ``record.teachers`` are loaded in ``pool`` already, and ``preflight`` has the rows of
+    their files."""
 
     def __init__(
-        self, pool: TeacherPool, record: Record, cfg: MOPDRun, folder: RunFolder, tracker: Tracker
+        self,
+        pool: TeacherPool,
+        record: Record,
+        cfg: MOPDRun,
+        folder: RunFolder,
+        tracker: Tracker,
+        preflight: Preflight,
     ) -> None:
         self._pool = pool
+        self._preflight = preflight
         self._cfg = cfg
         self._folder = folder
         self._tracker = tracker
         self._in_use = dict(record.teachers)
-        # domain -> the last teacher that passed, while a new one is on trial
+        # domain -> the last teacher that passed and the rows of its files, while a new one is on trial
         self._former: dict[str, Teacher] = {}
+        self._former_rows: dict[str, list[GateRow]] = {}
         self._fingerprints = {d: teacher_fingerprint(t) for d, t in record.teachers.items()}
         self._stamp: tuple[int, int] | None = None
         # sha256 of the file that was read last, and of the one that was carried out last
         self._digest = self._done = record.file
         self.version = record.version
-        self.unchecked = set(record.teachers)  # domains whose teacher waits for its gap check
+        self.unchecked = set(record.teachers)  # domains whose teacher waits for samples
 
     def score(self, domain: str, group_refs: list[Any]) -> ray.ObjectRef:
         """See `TeacherPool.score`."""
@@ -112,11 +125,11 @@ class LiveTeachers:
         new = {d: build(d, cfg, self._cfg.model.path) for d, cfg in teachers.items()}
         workers, longest = self._cfg.teacher_workers, self._cfg.rollout.max_model_len
         signal, top_k = self._cfg.algorithm.signal.value, self._cfg.algorithm.top_k
-        rows = {
-            row["domain"]: row
-            for row in check_teachers(new, self._cfg.model, workers, longest, signal, top_k)
-        }
-        changed = {d for d in new if self._is_other(d, new[d], rows[d]["fingerprint"])}
+        rows = check_teachers(
+            new, self._cfg.model, workers, longest, signal, top_k, in_use=self._fingerprints
+        )
+        fingerprints = {d: teacher_fingerprint(teacher) for d, teacher in new.items()}
+        changed = {d for d in new if self._is_other(d, new[d], fingerprints[d])}
         if not changed:
             return changed
         former = dict(self._in_use)
@@ -125,29 +138,63 @@ class LiveTeachers:
         self.unchecked |= changed
         for domain in sorted(changed):
             self._former.setdefault(domain, former[domain])
-            self._fingerprints[domain] = rows[domain]["fingerprint"]
+            self._former_rows.setdefault(domain, self._preflight.rows_of(domain))
+            self._preflight.replace(domain, new[domain], [row for row in rows if row.domain == domain])
+            self._fingerprints[domain] = fingerprints[domain]
             self._tracker.event(
                 "teacher_swap",
                 step=step,
                 version=self.version,
+                domain=domain,
+                path=new[domain].name,
+                backend=new[domain].backend.value,
+                fingerprint=fingerprints[domain],
                 former=former[domain].name,
                 message=f"from step {step} on {domain} is taught by {new[domain].name}",
-                **rows[domain],
             )
         return changed
 
-    def accept(self, domain: str) -> None:
-        """The teacher of ``domain`` passed its gap check: from now on a resumed run uses it."""
+    def check(
+        self, samples: Mapping[str, list[Rollout]], step: int, scores: Mapping[str, ray.ObjectRef]
+    ) -> set[str]:
+        """The gates on the student's own samples (domain -> rollouts), for the teachers that wait for them. Returns the
+        domains that went back to their former teacher, whose texts must be scored again.
+
+        ``scores`` are references to what the step's texts were given, by domain.
+
+        Raises:
+            UserError: a red line of a teacher that is not on trial.
+        """
+        waiting = {d: found for d, found in samples.items() if found and d in self.unchecked}
+        settled = {d: found for d, found in waiting.items() if d not in self._former}
+        is_start = step == 1
+        self._preflight.check(self._pool, settled, is_start)
+        for domain in settled:
+            self._accept(domain)
+        back = set()
+        for domain in sorted(set(waiting) - set(settled)):
+            try:  # what came during the run must not end it
+                ray.get(scores[domain])
+                self._preflight.check(self._pool, {domain: waiting[domain]}, is_start)
+            except (UserError, RayError) as error:
+                self._take_back(domain, step, error)
+                self._preflight.check(self._pool, {domain: waiting[domain]}, is_start)
+                back.add(domain)
+            self._accept(domain)
+        return back
+
+    def _accept(self, domain: str) -> None:
+        """The teacher of ``domain`` passed: from now on a resumed run uses it."""
         self.unchecked.discard(domain)
+        self._former_rows.pop(domain, None)
         if self._former.pop(domain, None) is not None:
             self._save()
 
-    def take_back(self, domain: str, step: int, error: BaseException) -> bool:
-        """Return to the former teacher of ``domain``; False if there is none, because this one is not on trial."""
-        if domain not in self._former:
-            return False
+    def _take_back(self, domain: str, step: int, error: BaseException) -> None:
+        """Return to the former teacher of ``domain``, which is measured on the same samples."""
         refused, former = self._in_use[domain], self._former.pop(domain)
         self._set(self._in_use | {domain: former})
+        self._preflight.replace(domain, former, self._former_rows.pop(domain))
         self._in_use[domain] = former
         self._fingerprints[domain] = teacher_fingerprint(former)
         self.version += 1
@@ -161,7 +208,6 @@ class LiveTeachers:
             message=f"{domain} goes back to {former.name}: {reason(error)}",
         )
         self._save()
-        return True
 
     def _is_other(self, domain: str, teacher: Teacher, fingerprint: str) -> bool:
         current = self._in_use[domain]
@@ -188,7 +234,7 @@ class LiveTeachers:
         self._pool.set_teachers(teachers, algorithm.signal.value, algorithm.top_k)
 
     def _parse(self, text: bytes) -> dict[str, TeacherConfig]:
-        """`domain: path` (the back end stays), or `domain: {path: ..., backend: ..., adapter: ..., model: ...}`."""
+        """`domain: path` (the back end stays), or a mapping of `SWAPPABLE` keys as in the config."""
         try:  # written by the user, perhaps at this moment
             content = yaml.safe_load(text)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -212,8 +258,9 @@ class LiveTeachers:
         if backend not in [b.value for b in TeacherBackend]:
             raise UserError(f"teachers.{domain}.backend={backend!r}: choose {', '.join(TeacherBackend)}")
         for name, value in entry.items():
-            if value is not None and not isinstance(value, str):
-                raise UserError(f"teachers.{domain}.{name}={value!r}: a text is needed")
+            kind, words = (bool, "true or false") if name == "self" else (str, "a text")
+            if value is not None and not isinstance(value, kind):
+                raise UserError(f"teachers.{domain}.{name}={value!r}: {words} is needed")
         return TeacherConfig(**entry | {"backend": TeacherBackend(backend)})
 
     def _save(self) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
 
 from posttrain.advantages import group_advantages, overlong_penalties
 from posttrain.alarms import Alarms
@@ -30,6 +29,7 @@ from posttrain.config import Dtype, Overlong, PolicyAlgorithm, UserError
 from posttrain.held_out import HeldOut
 from posttrain.learner.group import LearnerGroup
 from posttrain.live_teachers import LiveTeachers
+from posttrain.preflight import NUM_TEXTS
 from posttrain.records import (
     GroupSummary,
     LossSettings,
@@ -48,7 +48,6 @@ from posttrain.tracking.jsonl import read_jsonl
 from posttrain.weighting import GapFollower, token_weights
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
-from teachers.preflight import check_gap
 
 TRAINABLE = (RolloutStatus.completed, RolloutStatus.truncated)
 # Engine and learner may differ by this many times what they differed by at the first update, or by the floor, nat.
@@ -90,7 +89,6 @@ class PolicyLoop:
         teachers: None in RL.
         probe_texts: token ids whose logprobs engine and learner must agree on after every update.
         probe_tolerance: largest mean |difference| allowed there, nat.
-        max_teacher_gap: largest mean |teacher - student| logprob at the start, nat.
         decode: token ids to text with special tokens, for the written samples.
         held_out: evaluates the policy now and then; None: never.
         gaps: what the domains' mean |advantage| was so far, see `state`.
@@ -113,7 +111,6 @@ class PolicyLoop:
         checkpoint_every: int,
         probe_texts: list[np.ndarray],
         probe_tolerance: float,
-        max_teacher_gap: float,
         decode: Callable[[np.ndarray], str],
         rollout_samples: int,
         rollout_every_steps: int,
@@ -135,7 +132,6 @@ class PolicyLoop:
         self.checkpoint_every = checkpoint_every
         self.probe_texts = probe_texts
         self.probe_tolerance = probe_tolerance
-        self.max_teacher_gap = max_teacher_gap
         self.decode = decode
         self.rollout_samples = rollout_samples
         self.rollout_every_steps = rollout_every_steps
@@ -165,7 +161,9 @@ class PolicyLoop:
                     self.submit_wave(ahead)
                 wave = self.collect(step, clock)
             if self.teachers is not None:
-                self.check_teachers(wave)
+                if self.teachers.unchecked:
+                    with clock("preflight"):
+                        self.check_teachers(wave, self.teachers)
                 self.set_heads(self.teachers.heads)
             samples, metrics = self.batch(wave, step)
             if self.teachers is not None:
@@ -294,50 +292,31 @@ class PolicyLoop:
         ready, _ = ray.wait(refs, num_returns=len(refs), fetch_local=False)
         assert len(ready) == len(refs)
 
-    def check_teachers(self, wave: Wave) -> None:
-        """Before a domain's first update by a teacher: how far that is from the student on the student's own samples.
-        A teacher that came during the run and fails goes, and the former one scores the wave again.
+    def check_teachers(self, wave: Wave, teachers: LiveTeachers) -> None:
+        """Before a domain's first update by a teacher: the gates that it passes on the student's own samples. A teacher
+        that came during the run and fails goes, and the former one scores the wave again.
 
         Raises:
-            UserError: one of the first teachers is further away than ``max_teacher_gap``.
+            UserError: one of the first teachers is wrong, and `teacher_workers.accept` does not name the gate.
         """
-        assert self.teachers is not None
-        by_domain: dict[str, list[Collected]] = defaultdict(list)
+        by_domain: dict[str, list[Any]] = defaultdict(list)
         for collected in wave.done:
-            if (
-                collected.summary.statuses[0] in TRAINABLE
-                and collected.summary.domain in self.teachers.unchecked
-            ):
-                by_domain[collected.summary.domain].append(collected)
-        for domain, members in by_domain.items():
-            try:  # what came during the run must not end it
-                row = self.teacher_gap(domain, members)
-            except (UserError, RayError) as error:
-                if not self.teachers.take_back(domain, wave.step, error):
-                    raise
-                self.score_teachers([c for c in wave.done if c.summary.domain == domain])
-                row = self.teacher_gap(domain, members)
-            self.tracker.event("preflight", **row)
-            self.teachers.accept(domain)
+            domain, status = collected.summary.domain, collected.summary.statuses[0]
+            is_wanted = domain in teachers.unchecked and len(by_domain[domain]) < NUM_TEXTS
+            if status in TRAINABLE and is_wanted and collected.summary.num_loss_tokens[0] > 0:
+                by_domain[domain].append(collected.ref)
+        samples = {
+            domain: [group.rollouts[0] for group in ray.get(refs)] for domain, refs in by_domain.items()
+        }
+        scores = {c.summary.domain: c.teacher_ref for c in wave.done}
+        for domain in teachers.check(samples, wave.step, scores):
+            self.score_teachers([c for c in wave.done if c.summary.domain == domain])
 
     def set_heads(self, heads: dict[int, ray.ObjectRef]) -> None:
         """Give the learner the LM heads of the teachers in use, when they are others than before."""
         if heads != self.heads:
             self.learner.set_heads(heads)
             self.heads = heads
-
-    def teacher_gap(self, domain: str, members: list[Collected]) -> dict[str, Any]:
-        """`check_gap` on the first rollout of each group."""
-        scores = ray.get(members[0].teacher_ref)
-        rollouts = [group.rollouts[0] for group in ray.get([c.ref for c in members])]
-        return check_gap(
-            domain,
-            scores[0].teacher,
-            [scores[c.teacher_offset].logprobs for c in members],
-            [r.rollout_logprobs for r in rollouts],
-            [r.loss_mask for r in rollouts],
-            self.max_teacher_gap,
-        )
 
     def is_equal(self, collected: Collected) -> bool:
         """True when the outcome advantage of every member is zero, so that the group teaches nothing."""

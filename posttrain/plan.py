@@ -25,6 +25,7 @@ from posttrain.config import (
 from posttrain.gpus import gpus_of, num_gpus, teacher_processes
 from posttrain.run_folder import plain
 from posttrain.validate import Report
+from teachers.gates import GateRow, Verdict
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 
@@ -107,17 +108,22 @@ def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
             console.print(
                 f"{name:<9} " + ", ".join(f"{domain} {n:,}" for domain, n in counts.items()), highlight=False
             )
-    for row in report.teachers:
-        console.print(
-            f"teacher   {row['domain']}: {row['path']} ({row['backend']}, {row['result']})",
-            soft_wrap=True,
-            highlight=False,
-        )
+    for domain, named in {row.domain: row for row in report.teachers}.items():
+        words = "; ".join(_gates([row for row in report.teachers if row.domain == domain])) or "ok"
+        text = f"teacher   {domain}: {named.path} ({named.backend}; {words})"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     for note in report.notes:
         console.print(f"note      {note}", soft_wrap=True, highlight=False)
     if processes(cfg, None):
         console.print(process_table(cfg, model.num_parameters, "would start"))
     console.print(f"dry run of `posttrain {command}`: everything checked, nothing started", highlight=False)
+
+
+def _gates(rows: list[GateRow]) -> list[str]:
+    """What is not simply ok, in words."""
+    found = [f"{row.gate} {row.verdict.value}: {row.problem}" for row in rows if row.problem]
+    unmeasured = [row.gate for row in rows if row.verdict is Verdict.unmeasured]
+    return found + ([f"not measured: {', '.join(unmeasured)}"] if unmeasured else [])
 
 
 def _learner(cfg: RunConfig) -> LearnerConfig | None:

@@ -340,9 +340,14 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _identity(section: Any) -> Any:
-    """A section without what may change while the run stays the same: how many steps a teacher trains."""
+    """A section without what may change while the run stays the same (how many steps a teacher trains, whether it is
+    known to be the student) and without what is not set."""
     if isinstance(section, dict):
-        return {key: _identity(value) for key, value in section.items() if key != "steps"}
+        return {
+            key: _identity(value)
+            for key, value in section.items()
+            if key not in ("steps", "self") and value is not None
+        }
     return section
 
 
@@ -382,6 +387,8 @@ def _fingerprints(cfg: RunConfig) -> dict[str, str]:
     from teachers.adapter import adapter_fingerprint
     from teachers.fingerprint import fingerprint
 
+    revisions = {"model.path": cfg.model.revision}
+    revisions |= {f"teachers.{d}.path": t.revision for d, t in getattr(cfg, "teachers", {}).items()}
     found = {}
     for key, path in _inputs(cfg).items():
         if key.startswith(("data.", "sft_data.")):
@@ -389,7 +396,7 @@ def _fingerprints(cfg: RunConfig) -> dict[str, str]:
         if key.startswith("teachers.") and key.endswith(".adapter"):
             found[key] = adapter_fingerprint(path, key)
         else:
-            found[key] = fingerprint(path, key, cfg.model.revision if key == "model.path" else None)
+            found[key] = fingerprint(path, key, revisions.get(key))
     return found
 
 

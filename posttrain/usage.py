@@ -132,6 +132,7 @@ posttrain doctor: versions, devices, memory, disk, what each kind of run would u
 something is wrong.
 
   posttrain doctor replay model.path=DIR    routing replay on a checkpoint; `posttrain doctor replay --help` says more
+  posttrain doctor teachers ...             are these the right teachers? `posttrain doctor teachers --help` says more
 
 Examples:
   posttrain doctor
@@ -157,6 +158,22 @@ routes that must be seen, the routers' gradient. Exit code 1 if something is wro
 Examples:
   posttrain doctor replay model.path=models/base
   posttrain doctor replay model.path=models/base data.path=prompts.jsonl replay.num_rollouts=256
+""",
+        "teachers": """\
+posttrain doctor teachers: are these the right teachers for this student? Compares files, tokenizers and weights, then
+starts one engine with the student and the teachers, lets every teacher score the student's own samples, and prints one
+table: gates down, domains across, and what to do about every cell that is not ok. The same gates run before the first
+update of every `posttrain mopd`. Exit code 1 if a red line is not accepted. Gates: docs/teachers.md
+
+  model.path=DIR                   the student
+  data.path=FILE                   prompts of every domain, rows with "domain"
+  teachers.math.path=DIR teachers.code.path=DIR   one teacher for each domain of the data
+  teachers.code.self=true          this one is the student itself, on purpose
+  teacher_workers.accept=[foreign] red lines that you know of, by the name of their gate
+  teacher_check.num_samples=32 teacher_check.max_new_tokens=256
+
+Example:
+  posttrain doctor teachers model.path=runs/first/model data.path=prompts.jsonl teachers.math.path=runs/math/model teachers.code.path=runs/code/model
 """,
     },
 }

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from posttrain.config import (
     DataConfig,
+    DoctorRun,
     EvalRun,
     LearnerConfig,
     MergeRun,
@@ -37,7 +38,8 @@ from posttrain.gpus import check_gpus, learners_of
 from posttrain.tracking.wandb_sink import check_account
 from teachers.check import check_teachers
 from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
-from teachers.teacher import build, resolve
+from teachers.gates import GateRow
+from teachers.teacher import DEFAULT, build, owners, resolve
 
 BIAS_ENDINGS = ("correction_bias", "expert_bias")  # of the tensors that learner.expert_bias_rate moves
 
@@ -64,7 +66,7 @@ class Report:
     num_prompts: dict[str, int] = field(default_factory=dict)
     num_eval_prompts: dict[str, int] = field(default_factory=dict)
     num_conversations: dict[str, int] = field(default_factory=dict)
-    teachers: list[dict[str, Any]] = field(default_factory=list)
+    teachers: list[GateRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -449,7 +451,8 @@ def _check_step_eval(cfg: RunConfig) -> None:
                 f"teachers.{domain} is no whole checkpoint, which the student's engines could load; set it to false",
             )
             require(
-                teacher.path is None or _architecture(teacher.path, f"teachers.{domain}.path") == student,
+                teacher.path is None
+                or _architecture(teacher.path, f"teachers.{domain}.path", teacher.revision) == student,
                 "eval.teachers",
                 True,
                 f"teachers.{domain}.path has another shape than the student, whose engines evaluate it; set it to false",
@@ -461,8 +464,8 @@ def _architecture(path: str, key: str, revision: str | None = None) -> dict[str,
     return {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
 
 
-def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str, Any]]:
-    _check_teacher_workers(cfg)
+def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[GateRow]:
+    check_teacher_workers(cfg)
     max_tokens = cfg.rollout.max_model_len
     if isinstance(cfg, MOPDRun):
         if cfg.algorithm.beta == 0:
@@ -477,7 +480,7 @@ def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str
         )
     for domain in report.num_prompts:
         require(
-            domain in cfg.teachers,
+            domain in cfg.teachers or DEFAULT in cfg.teachers,
             f"teachers.{domain}",
             None,
             f"prompts of domain {domain!r} have no teacher; give teachers.{domain}.train=rl (or path=DIR)",
@@ -496,39 +499,53 @@ def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[dict[str
             f"held-out prompts of domain {domain!r}, which has neither training prompts nor a teacher; remove them, or"
             f" give it a source in data.sources and teachers.{domain}.train=rl",
         )
-    for domain, teacher in cfg.teachers.items():
+    owner = owners(cfg.teachers, report.num_prompts)
+    for name, teacher in cfg.teachers.items():
         require(
-            domain in report.num_prompts,
-            f"teachers.{domain}",
+            name in owner.values(),
+            f"teachers.{name}",
             teacher.path,
-            f"no prompt belongs to domain {domain!r}; there are {', '.join(sorted(report.num_prompts))}",
+            f"no prompt belongs to domain {name!r}; there are {', '.join(sorted(report.num_prompts))}"
+            if name != DEFAULT
+            else "every domain has a teacher of its own; remove it",
         )
+    for domain in report.num_prompts:
+        name, teacher = owner[domain], cfg.teachers[owner[domain]]
         require(
             teacher.train is not TeacherTraining.sft
             or teacher.path is not None
             or domain in report.num_conversations,
-            f"teachers.{domain}.train",
+            f"teachers.{name}.train",
             teacher.train.value,
             f"sft_data has no conversation of domain {domain!r}; use train=rl, or give teachers.{domain}.path=DIR",
         )
         # A teacher is evaluated there too, which needs a checkpoint of its own.
         require(
             teacher.adapter is None,
-            f"teachers.{domain}.adapter",
+            f"teachers.{name}.adapter",
             teacher.adapter,
             "the pipeline takes whole checkpoints; merge it into one, or use `posttrain mopd`",
         )
         require(
             teacher.backend is not TeacherBackend.server,
-            f"teachers.{domain}.backend",
+            f"teachers.{name}.backend",
             teacher.backend.value,
             "the pipeline takes checkpoints; use `posttrain mopd`",
         )
-    given = {d: build(d, t, None) for d, t in cfg.teachers.items() if t.path is not None}
-    return check_teachers(given, cfg.model, cfg.teacher_workers, max_tokens) if given else []
+    given = {
+        d: build(name, cfg.teachers[name], None)
+        for d, name in owner.items()
+        if cfg.teachers[name].path is not None
+    }
+    if not given:
+        return []
+    # The student will be the SFT model, so the weights are compared when that is there.
+    algorithm = cfg.mopd.algorithm
+    signal, top_k = algorithm.signal.value, algorithm.top_k
+    return check_teachers(given, cfg.model, cfg.teacher_workers, max_tokens, signal, top_k, weights=False)
 
 
-def _check_teacher_workers(cfg: MOPDRun | PipelineRun) -> None:
+def check_teacher_workers(cfg: MOPDRun | PipelineRun | DoctorRun) -> None:
     """Settings of a back end that no teacher has would silently do nothing."""
     used = {teacher.backend for teacher in cfg.teachers.values()}
     for name, backend in (("vllm", TeacherBackend.vllm), ("api_key_env", TeacherBackend.server)):

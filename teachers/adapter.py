@@ -1,7 +1,7 @@
 """A LoRA adapter in PEFT's format, read from its files alone and compared with the base that it is to sit on.
 
 Refuses pickled weights, other kinds of adapter, ranks that contradict `adapter_config.json`, shapes of another base,
-and an adapter that names a base with other weights. What only the loaded model can tell (modules that are not there)
+and an adapter that names a base with other weights; the gate `adapter` looks at its values. What only the loaded model can tell (modules that are not there)
 is refused by `teachers.lora`.
 """
 
@@ -12,9 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posttrain.config import UserError
 from teachers.checkpoint import TensorEntry, locate, read_header, read_json, read_tensors
 from teachers.fingerprint import fingerprint, hash_tensors
+from teachers.gates import GateRow, Subject
+from teachers.weights import READABLE, read_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -48,9 +52,16 @@ def adapter_fingerprint(folder: str, key: str = "adapter") -> str:
     return hashlib.sha256(f"{settings} {hash_tensors(tensors)}".encode()).hexdigest()
 
 
-def check_adapter(adapter: str, base: str, key: str) -> frozenset[str]:
-    """Compare the adapter in ``adapter`` with the checkpoint ``base``. Raises `UserError` naming ``key``.adapter.
-    Returns its target_parameters, which must be the same for all adapters of one base that have any."""
+def target_parameters(adapter: str, key: str) -> frozenset[str]:
+    """Parameters without a module of their own that the adapter changes; equal for all adapters of one base that have
+    any."""
+    key = f"{key}.adapter"
+    return frozenset(read_adapter(_folder(adapter, key), key)[0].get("target_parameters") or ())
+
+
+def check_adapter(adapter: str, base: str, key: str) -> None:
+    """Compare the adapter in ``adapter`` with the checkpoint folder ``base``. Raises `UserError` naming
+    ``key``.adapter."""
     key = f"{key}.adapter"
     config, tensors = read_adapter(_folder(adapter, key), key)
     if config.get("peft_type") != "LORA":
@@ -70,7 +81,36 @@ def check_adapter(adapter: str, base: str, key: str) -> frozenset[str]:
         )
     _check_named_base(config, adapter, base, key)
     _check_shapes(config, tensors, adapter, base, key)
-    return frozenset(config.get("target_parameters") or ())
+
+
+def adapter_row(subject: Subject) -> GateRow:
+    """The gate `adapter` of a teacher whose adapter passed `check_adapter`: finite tensors, and a lora_B that is not all
+    zero, as it is before the first step of training."""
+    teacher = subject.teacher
+    assert teacher.adapter is not None
+    key = f"{teacher.key}.adapter"
+    _, tensors = read_adapter(_folder(teacher.adapter, key), key)
+    does_something = False
+    for name, entry in tensors.items():
+        if entry.dtype not in READABLE:
+            return subject.warn(
+                "adapter", "not read", f"{name} is of type {entry.dtype}", "look at scoring and initial_kl"
+            )
+        values = read_whole(entry)
+        if not np.isfinite(values).all():
+            problem = f"{name} holds NaN or infinite values ({int((~np.isfinite(values)).sum())})"
+            return subject.red("adapter", "broken", problem, "save or copy the adapter again")
+        does_something |= ".lora_B." in name and bool(values.any())
+    if does_something:
+        return subject.ok("adapter", f"{len(tensors)} tensors")
+    if teacher.is_student:
+        return subject.ok("adapter", "no effect, on purpose")
+    return subject.red(
+        "adapter",
+        "no effect",
+        f"every lora_B is zero: it computes what its base {teacher.path!r} computes",
+        f"give the trained adapter, or the base alone as {teacher.key}.path",
+    )
 
 
 def _folder(adapter: str, key: str) -> Path:

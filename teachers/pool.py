@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
@@ -22,6 +23,11 @@ from teachers.fingerprint import num_bytes
 from teachers.teacher import Teacher
 from teachers.worker import TeacherWorker, base_of
 
+if TYPE_CHECKING:
+    from teachers.direct import Examination
+
+# Of a checkpoint in vLLM that is loaded a second time, in Transformers, for the direct forward of the preflight.
+MAX_DIRECT_BYTES = 8 * 2**30
 MAX_RESTARTS = 3  # of one worker, and of one scoring call
 
 
@@ -152,6 +158,28 @@ class TeacherPool:
         worker.pending.append(ref)
         return ref
 
+    def examine(
+        self, domain: str, token_ids: list[np.ndarray], scores: list[np.ndarray]
+    ) -> Examination | None:
+        """``scores`` of fixed texts by the teacher of ``domain``, against a direct forward of its checkpoint.
+
+        A checkpoint in vLLM is loaded for this in a process of its own, which ends with the call. None where there is
+        no checkpoint to load: a server's, and one in vLLM of more than `MAX_DIRECT_BYTES`.
+        """
+        key = self._keys[domain]
+        teacher = self._teachers[key]
+        if teacher.backend is TeacherBackend.transformers:
+            worker = self._places[base_of(key)][0]
+            return ray.get(worker.actor.examine.remote(key, teacher, token_ids, scores))
+        if teacher.backend is TeacherBackend.server or num_bytes(teacher.path) > MAX_DIRECT_BYTES:
+            return None
+        direct = self._start(0.0)
+        try:
+            plain = replace(teacher, backend=TeacherBackend.transformers)
+            return ray.get(direct.actor.examine.remote(key, plain, token_ids, scores))
+        finally:
+            ray.kill(direct.actor)
+
     def shutdown(self) -> None:
         """Stop the workers; open calls are lost."""
         for worker in [*self._shared, *self._own.values()]:
@@ -204,7 +232,8 @@ def _located(teacher: Teacher) -> Teacher:
     if teacher.backend is TeacherBackend.server:
         return teacher
     adapter = teacher.adapter and str(Path(teacher.adapter).expanduser().resolve())
-    return replace(teacher, path=str(locate(teacher.path, f"{teacher.key}.path").resolve()), adapter=adapter)
+    folder = locate(teacher.path, f"{teacher.key}.path", teacher.revision)
+    return replace(teacher, path=str(folder.resolve()), adapter=adapter)
 
 
 def place(sizes: dict[str, int], num_workers: int) -> dict[str, list[int]]:

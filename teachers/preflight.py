@@ -1,27 +1,32 @@
-"""What must be true of the teachers before anything starts, and of their first scores.
+"""What files tell of the teachers before anything starts: the gates of a checkpoint.
 
-Owns the refusal of a wrong teacher: another vocabulary, other special tokens, another chat template, a missing or
-truncated shard, a domain without teacher, a teacher without domain, a teacher far from the student's samples. Each
-is a `UserError` naming ``teachers.<domain>.path``. A teacher equal to the student is reported, not refused.
-`check_files` reads files only (no torch); `check_gap` takes logprobs that the caller has.
+Owns shards, vocabulary, special tokens, chat template, tokenizer, revision, whether the teacher is another model than
+the student and of its origin, broken tensors. An adapter is judged by its base here, and by itself in
+`teachers.adapter`. Reads files only (no torch). `teachers.check` puts the gates of all back ends together; those that
+need scores are in `posttrain.preflight`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from posttrain.config import UserError
-from teachers.checkpoint import locate, read_config, read_tensors
+from posttrain.config import ModelConfig, UserError
+from teachers.adapter import adapter_row, check_adapter
+from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
 from teachers.fingerprint import fingerprint
+from teachers.gates import GateRow, Subject
+from teachers.tokenization import same_ids
+from teachers.weights import FOREIGN_COSINE, SAME_COSINE, WeightReport, compare_weights
 
 # The pad token is left out: nobody samples it, and fine-tuned checkpoints often change it.
 SPECIAL_TOKENS = ("bos_token", "eos_token")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_reports: dict[tuple[str, str], WeightReport] = {}  # by fingerprints of teacher and student
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,78 +39,264 @@ class TokenizerFiles:
     chat_template: str | None
 
 
-def check_files(
-    student_path: str,
-    teachers: dict[str, str | None],
-    domains: Iterable[str],
-    student_revision: str | None = None,
-    keys: dict[str, str] | None = None,
-) -> list[dict[str, Any]]:
-    """Compare every teacher's files with the student's; return one row per domain for events.jsonl.
+@dataclass(kw_only=True, slots=True)
+class Student:
+    """What every teacher is compared with."""
 
-    ``teachers`` maps domain -> path (None where the config has no path); ``domains`` are those of the prompts. Rows
-    hold domain, path, fingerprint, result ("ok" or "self-teacher") and the domains that share the checkpoint.
-    ``keys`` are the config keys of the paths where they are not ``teachers.<domain>.path``. Raises `UserError`.
-    """
-    domains = sorted(set(domains))
-    _check_mapping(teachers, domains)
-    student = locate(student_path, "model.path", student_revision)
-    student_tokens = read_tokenizer(student, "model.path")
-    student_vocab_size = _vocab_size(read_config(student, "model.path"))
-    rows: list[dict[str, Any]] = []
-    for domain in domains:
-        key, path = (keys or {}).get(domain, f"teachers.{domain}.path"), teachers[domain]
-        assert path is not None
-        folder = locate(path, key)
-        config = read_config(folder, key)
-        read_tensors(folder, key)
-        _compare(key, path, read_tokenizer(folder, key), student_tokens)
-        _compare_vocab_size(key, path, _vocab_size(config), student_vocab_size)
-        rows.append({"domain": domain, "path": path, "fingerprint": fingerprint(path, key)})
-    student_fingerprint = fingerprint(student_path, "model.path", student_revision)
-    for row in rows:
-        row["result"] = "self-teacher" if row["fingerprint"] == student_fingerprint else "ok"
-        row["shared_with"] = [
-            other["domain"]
-            for other in rows
-            if other is not row and other["fingerprint"] == row["fingerprint"]
-        ]
-    return rows
+    folder: Path
+    tokens: TokenizerFiles
+    vocab_size: int
+    tensors: dict[str, TensorEntry]
+    fingerprint: str
 
-
-def check_gap(
-    domain: str,
-    path: str,
-    teacher_logprobs: list[np.ndarray],
-    student_logprobs: list[np.ndarray],
-    loss_masks: list[np.ndarray],
-    limit: float,
-) -> dict[str, Any]:
-    """Mean |teacher - student| logprob over the student's own sampled tokens; all arrays are [T].
-
-    Raises `UserError` above ``limit`` (`teacher_workers.max_initial_kl`): such a teacher almost always reads another
-    template or vocabulary than the files say. Returns a row for events.jsonl.
-    """
-    gaps = np.concatenate(
-        [
-            np.abs(teacher - student)[mask]
-            for teacher, student, mask in zip(teacher_logprobs, student_logprobs, loss_masks, strict=True)
-        ]
-    )
-    assert gaps.size, f"no sampled token of domain {domain!r} to compare on"
-    mean = float(gaps.mean())
-    if not mean <= limit:
-        raise UserError(
-            f"teachers.{domain}.path={path!r}: mean |log-ratio| to the student on its own samples is {mean:.3f}, above"
-            f" teacher_workers.max_initial_kl={limit}; choose a teacher of this student's family or raise the limit"
+    @classmethod
+    def read(cls, model: ModelConfig) -> Student:
+        """Raises `UserError` naming model.path."""
+        folder = locate(model.path, "model.path", model.revision)
+        return cls(
+            folder=folder,
+            tokens=read_tokenizer(folder, "model.path"),
+            vocab_size=vocab_size_of(read_config(folder, "model.path")),
+            tensors=read_tensors(folder, "model.path"),
+            fingerprint=fingerprint(str(folder), "model.path"),
         )
-    return {
-        "domain": domain,
-        "path": path,
-        "mean_abs": mean,
-        "p99_abs": float(np.quantile(gaps, 0.99)),
-        "num_tokens": int(gaps.size),
-    }
+
+
+def file_gates(subject: Subject, student: Student, weights: bool = True) -> list[GateRow]:
+    """Every gate that needs files alone, for one teacher; a single row where its files cannot be read.
+
+    ``weights``: compare tensors with the student's; off where the student of the run does not exist yet.
+    """
+    return _Gates(subject, student, weights).rows()
+
+
+class _Gates:
+    """The gates of one teacher, as far as its files can be read."""
+
+    def __init__(self, subject: Subject, student: Student, weights: bool) -> None:
+        self.subject, self.teacher = subject, subject.teacher
+        self.key = f"{self.teacher.key}.path"
+        self.student, self.weights = student, weights
+
+    def rows(self) -> list[GateRow]:
+        adapter = self.teacher.adapter
+        try:  # files of someone else: what cannot be read is a row of the table
+            folder = locate(self.teacher.path, self.key, self.teacher.revision)
+            config = read_config(folder, self.key)
+            tensors = read_tensors(folder, self.key)
+            tokens = read_tokenizer(folder, self.key)
+            if adapter is not None:
+                check_adapter(adapter, str(folder), self.teacher.key)
+        except UserError as error:
+            return [self.subject.refused("files", "unreadable", error)]
+        rows = [self._ok("files", f"{len(tensors)} tensors")]
+        rows += [self._vocabulary(tokens, vocab_size_of(config)), self._special(tokens)]
+        rows += [self._template(tokens), self._tokenizer(folder), *self._revision(folder)]
+        if adapter is not None:
+            rows.append(adapter_row(self.subject))
+        if self.weights:
+            own = fingerprint(str(folder), self.key)
+            if (own, self.student.fingerprint) not in _reports:
+                report = compare_weights(tensors, self.student.tensors, self.student.vocab_size)
+                _reports[own, self.student.fingerprint] = report
+            report = _reports[own, self.student.fingerprint]
+            if config.get("tie_word_embeddings"):
+                report.missing = [name for name in report.missing if name != "lm_head.weight"]
+            rows += [self._identity(own, report), self._tensors(report)]
+            rows += [self._broken(report), self._origin(report)]
+        return rows
+
+    def _vocabulary(self, tokens: TokenizerFiles, vocab_size: int) -> GateRow:
+        if tokens.vocabulary != self.student.tokens.vocabulary:
+            difference = _first_difference(tokens.vocabulary, self.student.tokens.vocabulary)
+            return self._red(
+                "vocabulary",
+                "differs",
+                f"another vocabulary than the student's ({difference})",
+                "only a teacher with the student's tokenizer can score its tokens",
+            )
+        if vocab_size < self.student.vocab_size:
+            return self._red(
+                "vocabulary",
+                f"{vocab_size} rows",
+                f"its vocab_size is {vocab_size}, the student's {self.student.vocab_size}: it could not score every"
+                " id that the student samples",
+                "give a teacher with at least as many rows",
+            )
+        return self._ok("vocabulary", f"{len(tokens.vocabulary)} tokens")
+
+    def _special(self, tokens: TokenizerFiles) -> GateRow:
+        theirs, ours = tokens, self.student.tokens
+        for role in SPECIAL_TOKENS:
+            if theirs.special[role] != ours.special[role]:
+                return self._red(
+                    "special_tokens",
+                    f"{role} differs",
+                    f"its {role} is {theirs.special[role]!r}, the student's {ours.special[role]!r}",
+                    "give both the same tokenizer_config.json",
+                )
+        if theirs.special_ids != ours.special_ids:
+            ids = sorted(theirs.special_ids ^ ours.special_ids)
+            return self._red(
+                "special_tokens",
+                f"{len(ids)} differ",
+                f"token ids {ids[:5]} are special in only one of teacher and student",
+                "give both the same tokenizer.json",
+            )
+        return self._ok("special_tokens", f"{len(theirs.special_ids)} marks")
+
+    def _template(self, tokens: TokenizerFiles) -> GateRow:
+        if tokens.chat_template == self.student.tokens.chat_template:
+            return self._ok("chat_template", "equal")
+        return self._red(
+            "chat_template",
+            "differs",
+            "another chat template than the student's: the teacher would score a format that it never saw",
+            "use a teacher of the same template, or copy the student's chat_template.jinja if it was trained with that",
+        )
+
+    def _tokenizer(self, folder: Path) -> GateRow:
+        value, difference = same_ids(self.student.folder, folder)
+        if difference is None:
+            return self._ok("tokenizer", value)
+        return self._red(
+            "tokenizer",
+            "other ids",
+            f"its tokenizer cuts text otherwise: {difference}",
+            "the student's ids are misspelt words to it; use a teacher that was trained with the student's tokenizer.json",
+        )
+
+    def _revision(self, folder: Path) -> list[GateRow]:
+        asked, there = self.teacher.revision, _revision_on_disk(folder)
+        if asked is None:
+            return []
+        if there is None or not COMMIT.fullmatch(asked):
+            known = "nothing on disk tells which" if there is None else f"the folder holds commit {there[:8]}"
+            if Path(self.teacher.path).expanduser().is_dir():  # a name cannot be compared with a commit
+                return [
+                    self._warn(
+                        "revision",
+                        "not known",
+                        f"revision {asked!r} was asked for and {known}",
+                        "give the commit of 40 digits, or the hub id instead of a folder",
+                    )
+                ]
+            return [self._ok("revision", (there or asked)[:8])]
+        if there != asked:
+            return [
+                self._red(
+                    "revision",
+                    there[:8],
+                    f"revision {asked} was asked for and the folder holds {there}",
+                    "fetch the revision again with `hf download --revision`",
+                )
+            ]
+        return [self._ok("revision", there[:8])]
+
+    def _identity(self, own: str, report: WeightReport) -> GateRow:
+        is_student = own == self.student.fingerprint or report.is_student
+        key = f"{self.teacher.key}.self"
+        if self.teacher.adapter is not None:  # whether it does anything is its own gate
+            where = "the student" if is_student else own[:8]
+            return self._ok("self_teacher", f"an adapter on {where}")
+        if self.teacher.is_student and not is_student:
+            return self._warn(
+                "self_teacher",
+                own[:8],
+                f"{key}=true, and it is another model than the student",
+                "remove that key",
+            )
+        if self.teacher.is_student or not is_student:
+            return self._ok("self_teacher", "on purpose" if is_student else own[:8])
+        how = "byte for byte" if own == self.student.fingerprint else "saved in another type"
+        return self._red(
+            "self_teacher",
+            "is the student",
+            f"its tensors are the student's, {how}: a teacher that agrees everywhere teaches nothing",
+            f"give the trained teacher, or say that it is meant: {key}=true",
+        )
+
+    def _tensors(self, report: WeightReport) -> GateRow:
+        if report.missing:
+            return self._red(
+                "tensors",
+                f"{len(report.missing)} missing",
+                f"{len(report.missing)} of the student's tensors are missing (first: {report.missing[0]})",
+                "save it again with save_pretrained: Transformers would fill them with random numbers",
+            )
+        if report.cosine is None:
+            return self._ok("tensors", "another shape")
+        if report.extra:
+            return self._warn(
+                "tensors",
+                f"{len(report.extra)} extra",
+                f"{len(report.extra)} tensors that the student has not (first: {report.extra[0]})",
+                "scoring leaves out what Transformers does not load; see that they are none of the model's",
+            )
+        return self._ok("tensors", "as the student's")
+
+    def _broken(self, report: WeightReport) -> GateRow:
+        if report.broken is not None:
+            return self._red("weights", "broken", report.broken, "save or copy the teacher again")
+        if report.not_read:
+            return self._warn(
+                "weights",
+                f"{len(report.not_read)} not read",
+                f"{len(report.not_read)} tensors are of a quantized type, which is not read here",
+                "look at scoring and initial_kl",
+            )
+        return self._ok("weights", "finite")
+
+    def _origin(self, report: WeightReport) -> GateRow:
+        cosine = report.cosine
+        if cosine is None:
+            return self._warn(
+                "foreign",
+                "not comparable",
+                "whether it is of the student's origin cannot be told from its weights",
+                "look at initial_kl: about 0.04 nat is usual for one origin, 0.19 for a foreign teacher",
+            )
+        value = f"cosine {cosine:.3f}"
+        if cosine < FOREIGN_COSINE:
+            return self._red(
+                "foreign",
+                value,
+                f"of another origin than the student: the median cosine of their matrices is {cosine:.3f}"
+                " (same origin: near 1)",
+                "use a teacher trained from the student's own start checkpoint",
+                cosine,
+            )
+        if cosine < SAME_COSINE:
+            return self._warn(
+                "foreign",
+                value,
+                f"far from the student: the median cosine of their matrices is {cosine:.3f}",
+                "one origin, but trained far away; expect a large initial_kl",
+                cosine,
+            )
+        return self._ok("foreign", value, cosine)
+
+    def _ok(self, gate: str, value: str, number: float | None = None) -> GateRow:
+        return self.subject.ok(gate, value, number)
+
+    def _warn(
+        self, gate: str, value: str, problem: str, way_out: str, number: float | None = None
+    ) -> GateRow:
+        return self.subject.warn(gate, value, problem, way_out, number, self.subject.base)
+
+    def _red(self, gate: str, value: str, problem: str, way_out: str, number: float | None = None) -> GateRow:
+        return self.subject.red(gate, value, problem, way_out, number, self.subject.base)
+
+
+def _revision_on_disk(folder: Path) -> str | None:
+    """Commit that the folder came from, as the hub's tools record it: a cache snapshot, or `hf download --local-dir`."""
+    if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
+        return folder.name
+    for name in ("config.json", "model.safetensors"):
+        record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        if record.is_file():
+            return record.read_text().splitlines()[0].strip()
+    return None
 
 
 def read_tokenizer(folder: Path, key: str) -> TokenizerFiles:
@@ -126,56 +317,6 @@ def read_tokenizer(folder: Path, key: str) -> TokenizerFiles:
     )
 
 
-def _check_mapping(teachers: dict[str, str | None], domains: list[str]) -> None:
-    for domain in domains:
-        if teachers.get(domain) is None:
-            raise UserError(
-                f"teachers.{domain}.path=None: prompts of domain {domain!r} have no teacher; give"
-                f" teachers.{domain}.path=DIR"
-            )
-    for domain, path in teachers.items():
-        if domain not in domains:
-            raise UserError(
-                f"teachers.{domain}.path={path!r}: no prompt belongs to domain {domain!r} (there are"
-                f" {', '.join(domains)}); remove this teacher or mend the rows' domain"
-            )
-
-
-def _compare(key: str, path: str, teacher: TokenizerFiles, student: TokenizerFiles) -> None:
-    if teacher.vocabulary != student.vocabulary:
-        raise UserError(
-            f"{key}={path!r}: another vocabulary than the student's"
-            f" ({_first_difference(teacher.vocabulary, student.vocabulary)}); only a teacher with the student's"
-            " tokenizer can score its tokens"
-        )
-    for role in SPECIAL_TOKENS:
-        if teacher.special[role] != student.special[role]:
-            raise UserError(
-                f"{key}={path!r}: its {role} is {teacher.special[role]!r}, the student's {student.special[role]!r};"
-                " give both the same tokenizer_config.json"
-            )
-    if teacher.special_ids != student.special_ids:
-        ids = sorted(teacher.special_ids ^ student.special_ids)
-        raise UserError(
-            f"{key}={path!r}: token ids {ids[:5]} are special in only one of teacher and student;"
-            " give both the same tokenizer.json"
-        )
-    if teacher.chat_template != student.chat_template:
-        raise UserError(
-            f"{key}={path!r}: another chat template than the student's; the teacher would score a format that it"
-            " never saw. Use a teacher of the same template, or copy the student's chat_template.jinja if it was"
-            " trained with that"
-        )
-
-
-def _compare_vocab_size(key: str, path: str, teacher: int, student: int) -> None:
-    if teacher < student:
-        raise UserError(
-            f"{key}={path!r}: its vocab_size is {teacher}, the student's {student}: it could not score every id that"
-            " the student samples; give a teacher with at least as many rows"
-        )
-
-
 def _first_difference(teacher: dict[str, int], student: dict[str, int]) -> str:
     if len(teacher) != len(student):
         return f"{len(teacher)} tokens against {len(student)}"
@@ -185,7 +326,7 @@ def _first_difference(teacher: dict[str, int], student: dict[str, int]) -> str:
     return f"{token!r} has id {teacher.get(token)} against {student[token]}"
 
 
-def _vocab_size(config: dict[str, Any]) -> int:
+def vocab_size_of(config: dict[str, Any]) -> int:
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
 
 

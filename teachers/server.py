@@ -2,7 +2,7 @@
 
 Token ids go out and token ids are checked on return; no text is ever tokenised for a score. Owns the wire: one text a
 request, a bounded number at a time, timeouts, retries, the key. Redirects are refused, so that a key goes nowhere
-else. `check_server` asks before a run what can be asked: name, context, tokenizer, vocabulary, kind of logprobs.
+else. `server_gates` asks before a run what can be asked: name, context, tokenizer, vocabulary, kind of logprobs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from posttrain.config import TeacherBackend, TeacherWorkerConfig, UserError
 from teachers.backend import TokenScores
+from teachers.gates import GateRow, Subject
 from teachers.scores import TeacherScoreError, check_finite, check_signal, empty_scores, keep_rows
 from teachers.teacher import SIGNALS, Teacher
 
@@ -34,7 +35,7 @@ PROBE_TOP = 5
 class ServerScorer:
     """A `teachers.backend.Backend`. Nothing is asked before the first score."""
 
-    vocab_size = 0  # a server does not say it; `check_server` has tried the student's highest id
+    vocab_size = 0  # a server does not say it; `server_gates` has tried the student's highest id
 
     def __init__(self, teacher: Teacher, cfg: TeacherWorkerConfig) -> None:
         self.path = teacher.name
@@ -125,61 +126,104 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def check_server(
-    teacher: Teacher,
+def server_gates(
+    subject: Subject,
     cfg: TeacherWorkerConfig,
     student: Path,
     vocab_size: int,
     max_tokens: int,
     top_k: int = PROBE_TOP,
-) -> None:
-    """Before a run: the server has the model, room for ``max_tokens`` tokens and one more, the tokenizer of the
-    checkpoint folder ``student``, its highest id, and gives ``top_k`` logprobs at temperature 1. Raises `UserError`.
+) -> list[GateRow]:
+    """What a server can be asked before a run: whether it holds the model, has room for ``max_tokens`` tokens and one
+    more, cuts text as the checkpoint folder ``student``, knows its marks and its highest id, and gives ``top_k`` logprobs
+    at temperature 1. One row where it does not answer.
 
-    What no server says stays open: its weights, its chat template and its type.
+    What no server says has rows that are not measured: its weights, its chat template and its type.
     """
     from transformers import AutoTokenizer
 
-    scorer = ServerScorer(teacher, cfg)
-    models = {str(card.get("id")): card for card in scorer.ask("/v1/models").get("data", [])}
-    if teacher.model not in models:
-        raise UserError(
-            f"{teacher.key}.model={teacher.model!r}: the server has {', '.join(models) or 'no model'}"
-        )
-    context = models[teacher.model].get("max_model_len")
-    if context is not None and context <= max_tokens:
-        raise UserError(
-            f"{teacher.key}.path={teacher.path!r}: its context is {context} and a rollout may have {max_tokens} tokens,"
-            " with one more that vLLM samples; start it with a larger --max-model-len or lower rollout.max_model_len"
-        )
+    teacher, unseen = subject.teacher, "a server does not tell"
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     text = tokenizer.decode(list(range(0, len(tokenizer), max(1, len(tokenizer) // PROBE_TOKENS))))
+    marks = sorted(tokenizer.all_special_ids)
+    try:  # another machine is the other side
+        scorer = ServerScorer(teacher, cfg)
+        models = {str(card.get("id")): card for card in scorer.ask("/v1/models").get("data", [])}
+        if teacher.model not in models:
+            has = f"the server has {', '.join(models) or 'no model'}"
+            setting = f"{teacher.key}.model={teacher.model!r}"
+            return [subject.red("server", "no such model", has, "give one of them", setting=setting)]
+        rows = [_context(subject, models[teacher.model].get("max_model_len"), max_tokens)]
+        rows.append(_tokenizer(subject, scorer, "tokenizer", text, tokenizer))
+        if marks:
+            rows.append(_tokenizer(subject, scorer, "special_tokens", tokenizer.decode(marks), tokenizer))
+    except UserError as error:
+        return [subject.refused("server", "no answer", error)]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    try:
+        rows.append(_logprobs(subject, scorer, ids, top_k))
+    except UserError as error:
+        return [subject.refused("server", "no logprobs", error)]
+    except TeacherScoreError as error:
+        return [subject.red("server", "no logprobs", str(error), "give a server of `vllm serve`")]
+    try:
+        scorer.score([np.asarray([ids[0], vocab_size - 1], np.int32)], 0, ["the highest id"])
+        rows.append(subject.ok("vocabulary", f"takes ids below {vocab_size}"))
+    except UserError as error:
+        rows.append(subject.refused("vocabulary", f"refuses id {vocab_size - 1}", error))
+    unmeasured = ("chat_template", "self_teacher", "tensors", "weights", "foreign")
+    return rows + [subject.unmeasured(gate, unseen) for gate in unmeasured]
+
+
+def _context(subject: Subject, context: int | None, max_tokens: int) -> GateRow:
+    if context is None:
+        return subject.unmeasured("context", "the server does not tell")
+    if context > max_tokens:
+        return subject.ok("context", f"{context} tokens")
+    return subject.red(
+        "context",
+        f"{context} tokens",
+        f"its context is {context} and a rollout may have {max_tokens} tokens, with one more that vLLM samples",
+        "start it with a larger --max-model-len or lower rollout.max_model_len",
+    )
+
+
+def _tokenizer(subject: Subject, scorer: ServerScorer, gate: str, text: str, tokenizer: Any) -> GateRow:
+    """``text`` must become the student's ids there, and these the text again."""
     expected = tokenizer.encode(text, add_special_tokens=False)
-    body = {"model": teacher.model, "prompt": text, "add_special_tokens": False}
+    body = {"model": subject.teacher.model, "prompt": text, "add_special_tokens": False}
     got = scorer.ask("/tokenize", body).get("tokens")
     if got != expected:
-        raise UserError(
-            f"{teacher.key}.path={teacher.path!r}: another tokenizer than the student's: {text[:30]!r}... is"
-            f" {str(got)[:60]}... there and {str(expected)[:60]}... here; only a teacher with the student's tokenizer can score its tokens"
+        return subject.red(
+            gate,
+            "other ids",
+            f"another tokenizer than the student's: {text[:30]!r}... is {str(got)[:60]}... there and"
+            f" {str(expected)[:60]}... here",
+            "only a teacher with the student's tokenizer can score its tokens",
         )
-    back = scorer.ask("/detokenize", {"model": teacher.model, "tokens": expected}).get("prompt")
+    back = scorer.ask("/detokenize", {"model": subject.teacher.model, "tokens": expected}).get("prompt")
     if back != tokenizer.decode(expected):
-        raise UserError(
-            f"{teacher.key}.path={teacher.path!r}: the ids of {text[:30]!r}... come back as {str(back)[:30]!r}...;"
-            " the server needs the student's tokenizer"
+        return subject.red(
+            gate,
+            "other text",
+            f"the ids of {text[:30]!r}... come back as {str(back)[:30]!r}...",
+            "the server needs the student's tokenizer",
         )
-    _check_logprobs(scorer, teacher, [*expected, vocab_size - 1], top_k)
+    return subject.ok(gate, f"{len(expected)} ids there and back")
 
 
-def _check_logprobs(scorer: ServerScorer, teacher: Teacher, ids: list[int], top_k: int) -> None:
+def _logprobs(subject: Subject, scorer: ServerScorer, ids: list[int], top_k: int) -> GateRow:
     score = scorer.score([np.asarray(ids, np.int32)], 0, ["the probe text"], "top_k", top_k)[0]
     assert score.topk_logprobs is not None
     mass = np.exp(score.topk_logprobs[1:].astype(np.float64)).sum(1)
     if score.logprobs.max() > 0 or mass.max() > 1.001:
-        raise UserError(
-            f"{teacher.key}.path={teacher.path!r}: its {top_k} likeliest tokens have probability {mass.max():.3g}:"
-            " these are no logprobs; start the server without --logprobs-mode"
+        return subject.red(
+            "server",
+            "no logprobs",
+            f"its {top_k} likeliest tokens have probability {mass.max():.3g}: these are no logprobs",
+            "start the server without --logprobs-mode",
         )
+    return subject.ok("server", "answers")
 
 
 def _authorization(variable: str | None) -> dict[str, str]:

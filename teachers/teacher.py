@@ -6,7 +6,7 @@ and the refusal of combinations that no back end has. Reads no file and asks no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -29,6 +29,8 @@ class Teacher:
     backend: TeacherBackend = TeacherBackend.transformers
     adapter: str | None = None  # PEFT directory on top of path
     model: str | None = None  # the server's name for it
+    revision: str | None = None  # of path
+    is_student: bool = False  # on purpose
 
     @property
     def name(self) -> str:
@@ -56,12 +58,18 @@ def resolve(
             raise UserError(
                 f"teachers.{name}.path={teacher.path!r}: {what}; remove this teacher or mend the rows' domain"
             )
-    found = {}
-    for domain in domains:
-        owner = domain if domain in teachers else DEFAULT
+    return {
+        domain: build(owner, teachers[owner], student_path)
+        for domain, owner in owners(teachers, domains).items()
+    }
+
+
+def owners(teachers: Mapping[str, TeacherConfig], domains: Iterable[str]) -> dict[str, str]:
+    """Section of the teacher of every domain: its own, or the default one. Raises `UserError` where there is neither."""
+    found = {domain: domain if domain in teachers else DEFAULT for domain in domains}
+    for domain, owner in found.items():
         if owner not in teachers:
             raise _no_teacher(domain)
-        found[domain] = build(owner, teachers[owner], student_path)
     return found
 
 
@@ -86,7 +94,19 @@ def build(owner: str, cfg: TeacherConfig, student_path: str | None) -> Teacher:
             f"{key}.adapter={cfg.adapter!r}: adapters are put on by backend=transformers alone, not by"
             f" {cfg.backend.value}; {other}"
         )
-    return Teacher(key=key, path=path, backend=cfg.backend, adapter=cfg.adapter, model=cfg.model)
+    if cfg.adapter is not None and cfg.path is None and cfg.revision is not None:
+        raise UserError(
+            f"{key}.revision={cfg.revision!r}: the adapter sits on the start model; set model.revision instead"
+        )
+    return Teacher(
+        key=key,
+        path=path,
+        backend=cfg.backend,
+        adapter=cfg.adapter,
+        model=cfg.model,
+        revision=cfg.revision,
+        is_student=cfg.self,
+    )
 
 
 def _check_server(key: str, cfg: TeacherConfig) -> None:
@@ -100,6 +120,10 @@ def _check_server(key: str, cfg: TeacherConfig) -> None:
     if url.username or url.password:
         raise UserError(
             f"{key}.path: a URL with a password in it; name a variable in teacher_workers.api_key_env instead"
+        )
+    if cfg.revision is not None:
+        raise UserError(
+            f"{key}.revision={cfg.revision!r}: a server does not tell which revision it holds; remove it"
         )
     if not cfg.model:
         raise UserError(

@@ -23,6 +23,7 @@ from teachers.teacher import Teacher
 
 if TYPE_CHECKING:
     from teachers.backend import Backend
+    from teachers.direct import Examination
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,17 @@ class TeacherWorker:
                 head_id=head_id,
             )
         return scores
+
+    def examine(
+        self, key: str, teacher: Teacher, token_ids: list[np.ndarray], scores: list[np.ndarray]
+    ) -> Examination:
+        """``scores`` of fixed texts against a direct forward of ``teacher`` in Transformers, adapter included (preflight)."""
+        from teachers.direct import examine
+        from teachers.scorer import Scorer
+
+        backend = self._backend(key, teacher)
+        assert isinstance(backend, Scorer)
+        return examine(backend.model, token_ids, scores)
 
     def _backend(self, key: str, teacher: Teacher) -> Backend:
         """What scores as ``teacher``, loaded if it is not here, with its adapter put on."""

@@ -5,8 +5,12 @@ Tests import it as `from tests.tiny_models import tiny_mimo` (the repository roo
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from examples.tiny.model import build_model
 
@@ -24,3 +28,14 @@ def tiny_qwen3_moe(out_dir: str | Path, seed: int = 0, **shape: Any) -> Path:
 def tiny_dense(out_dir: str | Path, seed: int = 0, **shape: Any) -> Path:
     """Qwen3, no experts."""
     return build_model(out_dir, seed, family="qwen3", **shape)
+
+
+def tiny_teacher(student: Path, out_dir: str | Path, seed: int = 0) -> Path:
+    """``student`` with every tensor moved by about 1 % of its length, the distance that training leaves."""
+    folder = Path(shutil.copytree(student, out_dir))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    for tensor in tensors.values():
+        tensor += 0.01 * tensor.std(correction=0) * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

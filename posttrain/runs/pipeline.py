@@ -16,7 +16,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from posttrain.config import MOPDRun, PipelineRun, RLRun, RunConfig, SFTRun, TeacherTraining
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.config import (
+    MOPDRun,
+    PipelineRun,
+    RLRun,
+    RunConfig,
+    SFTRun,
+    TeacherConfig,
+    TeacherTraining,
+)
 from posttrain.data.sources import load_prompts
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
@@ -42,6 +52,7 @@ from posttrain.stages import in_round
 from posttrain.tracking.jsonl import read_jsonl
 from teachers.checkpoint import locate, read_tensors
 from teachers.fingerprint import fingerprint
+from teachers.teacher import DEFAULT, owners
 
 
 def run(cfg: PipelineRun) -> None:
@@ -51,6 +62,7 @@ def run(cfg: PipelineRun) -> None:
     held_out = evaluate.held_out(
         load_prompts(cfg.data, tokenizer, evaluate.room(cfg.rollout), eval=True), cfg.eval.num_prompts
     )
+    cfg = replace(cfg, teachers=teacher_of_each_domain(cfg, tokenizer))
     domains = sorted(cfg.teachers)
     stopwatch = Stopwatch(folder)
 
@@ -89,6 +101,17 @@ def run(cfg: PipelineRun) -> None:
     folder.finish()
 
 
+def teacher_of_each_domain(cfg: PipelineRun, tokenizer: PreTrainedTokenizerBase) -> dict[str, TeacherConfig]:
+    """`teachers` with teachers.default written out for every domain of the prompts that has none of its own."""
+    if DEFAULT not in cfg.teachers:
+        return cfg.teachers
+    prompts = load_prompts(cfg.data, tokenizer, evaluate.room(cfg.rollout))
+    return {
+        domain: cfg.teachers[name]
+        for domain, name in owners(cfg.teachers, {p.domain for p in prompts}).items()
+    }
+
+
 class Stopwatch:
     """Wall seconds of each stage, added up over every process that worked on the run."""
 
@@ -123,7 +146,7 @@ def teacher_model(cfg: PipelineRun, domain: str, start: str, engines: Engines, n
     """The teacher of one domain in round ``number``: given, trained here from the model ``start``, or that itself."""
     teacher = cfg.teachers[domain]
     if teacher.path is not None:
-        return teacher.path
+        return str(locate(teacher.path, f"teachers.{domain}.path", teacher.revision))
     if teacher.train is TeacherTraining.none:
         return start
     if teacher.train is TeacherTraining.sft:
@@ -181,9 +204,23 @@ def mopd_config(cfg: PipelineRun, start: str, teachers: dict[str, str], number: 
         rewards=cfg.rewards,
         reward_workers=cfg.reward_workers,
         environments=cfg.environments,
-        teachers={d: replace(cfg.teachers[d], path=path) for d, path in teachers.items()},
+        teachers={d: given_teacher(d, cfg.teachers[d], path, start) for d, path in teachers.items()},
         teacher_workers=cfg.teacher_workers,
     )
+
+
+def given_teacher(domain: str, teacher: TeacherConfig, path: str, start: str) -> TeacherConfig:
+    """A teacher for MOPD. The student itself is meant where nothing was to be trained; where training moved nothing, the
+    domain is named and the others go on."""
+    if teacher.path is not None:
+        return teacher
+    is_student = fingerprint(path) == fingerprint(start)
+    if is_student and teacher.train is not TeacherTraining.none:
+        print(
+            f"teachers.{domain}: training changed no weight (were all rewards equal?); it teaches nothing",
+            flush=True,
+        )
+    return replace(teacher, path=path, self=teacher.self or is_student)
 
 
 def average_merge(folder: RunFolder, teachers: list[str]) -> str | None:

@@ -15,6 +15,7 @@ from posttrain.engines import Engines
 from posttrain.held_out import HeldOut
 from posttrain.live_teachers import LiveTeachers, Record
 from posttrain.loop import PolicyLoop
+from posttrain.preflight import Preflight, as_json, remarks, table
 from posttrain.records import LossSettings, Prompt, SamplingSettings
 from posttrain.run_folder import RunFolder, plain
 from posttrain.runs import evaluate
@@ -24,7 +25,10 @@ from posttrain.tracking.jsonl import read_jsonl
 from posttrain.weighting import GapFollower
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
+from teachers.check import check_teachers
+from teachers.checkpoint import locate
 from teachers.fingerprint import fingerprint
+from teachers.gates import GateRow
 from teachers.teacher import Teacher, resolve
 
 PROBE_PROMPTS = 4
@@ -46,8 +50,12 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
     domains = sorted({p.domain for p in prompts})
     held_out_prompts = evaluation_prompts(cfg, tokenizer)
     taught: dict[str, Teacher] = {}
+    record: Record | None = None
+    file_rows: list[GateRow] = []
     if isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0:
         taught = resolve(cfg.teachers, domains, cfg.model.path, cfg.domain)
+        record = Record.read(folder, taught)
+        file_rows = teacher_files(cfg, record.teachers)
     scheduler = Scheduler(
         by_source(prompts),
         source_weights(cfg.data),
@@ -65,13 +73,12 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
         ]
         rewarded = sorted({*domains, *held_out_prompts})
         rewards = engines.rewards(cfg.rewards, cfg.reward_workers, rewarded) if cfg.rewards else None
-        pool = record = None
-        if isinstance(cfg, MOPDRun) and taught:
+        pool = None
+        if isinstance(cfg, MOPDRun) and record is not None:
             engines.teachers(cfg.teacher_workers, cfg.model, {})
         learner, rollouts = (s.result() for s in starting)
         assert learner.info is not None  # it has its GPUs; the teachers get what is left
-        if isinstance(cfg, MOPDRun) and taught:
-            record = Record.read(folder, taught)
+        if isinstance(cfg, MOPDRun) and record is not None:
             pool = engines.teachers(
                 cfg.teacher_workers,
                 cfg.model,
@@ -92,7 +99,8 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
         ) as tracker:
             teachers = None
             if pool is not None and record is not None and isinstance(cfg, MOPDRun):
-                teachers = LiveTeachers(pool, record, cfg, folder, tracker)
+                checks = preflight(cfg, record.teachers, file_rows, folder, tracker)
+                teachers = LiveTeachers(pool, record, cfg, folder, tracker, checks)
             loop = PolicyLoop(
                 algorithm=cfg.algorithm,
                 loss=loss_settings(cfg.algorithm),
@@ -109,7 +117,6 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
                 probe_texts=probe_texts(prompts),
                 probe_tolerance=cfg.rollout.probe_tolerance,
                 decode=lambda token_ids: tokenizer.decode(token_ids.tolist(), skip_special_tokens=False),
-                max_teacher_gap=cfg.teacher_workers.max_initial_kl if isinstance(cfg, MOPDRun) else 0.0,
                 rollout_samples=cfg.tracking.rollout_samples,
                 rollout_every_steps=cfg.tracking.rollout_every_steps,
                 held_out=held_out(cfg, held_out_prompts, rollouts, rewards, folder, taught),
@@ -120,6 +127,33 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
             learner.save_model(folder.model)
     folder.finish()
     return str(folder.model)
+
+
+def teacher_files(cfg: MOPDRun, teachers: dict[str, Teacher]) -> list[GateRow]:
+    """What can be told of the teachers before engines start; those of a pipeline exist only now. Raises `UserError` for
+    a wrong one."""
+    signal, top_k = cfg.algorithm.signal.value, cfg.algorithm.top_k
+    return check_teachers(teachers, cfg.model, cfg.teacher_workers, cfg.rollout.max_model_len, signal, top_k)
+
+
+def preflight(
+    cfg: MOPDRun,
+    teachers: dict[str, Teacher],
+    file_rows: list[GateRow],
+    folder: RunFolder,
+    tracker: Tracker,
+) -> Preflight:
+    """The gates of the teachers, written to events.jsonl and preflight.json and shown as one table."""
+
+    def record(new: list[GateRow], rows: list[GateRow]) -> None:
+        for row in as_json(new):
+            tracker.event("preflight", **row)
+        folder.write_json("preflight.json", as_json(rows))
+        tracker.show(table(rows))
+        for line in remarks(new):
+            tracker.show(line)
+
+    return Preflight(file_rows, teachers, cfg.teacher_workers, record)
 
 
 def replay_report(steps: list[dict[str, float]]) -> dict[str, float] | None:
@@ -175,7 +209,11 @@ def held_out(
         "rewards": cfg.rewards,
         "environments": cfg.environments,
     }
-    teachers = {d: teacher.path for d, teacher in taught.items()} if cfg.eval.teachers else {}
+    teachers = (
+        {d: str(locate(t.path, f"{t.key}.path", t.revision)) for d, t in taught.items()}
+        if cfg.eval.teachers
+        else {}
+    )
     return HeldOut(cfg.eval, prompts, settings, rollouts, rewards, folder, measured_on, teachers)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -79,6 +80,13 @@ class ConsoleDisplay:
     def message(self, text: str) -> None:
         """One line above the display."""
         self._console.print(Text(text), highlight=False, soft_wrap=True)
+
+    def show(self, renderable: Any) -> None:
+        """A line, or a table of rich, above the display."""
+        if isinstance(renderable, str):
+            self.message(renderable)
+        else:
+            self._console.print(renderable)
 
     def finish(self) -> None:
         """Leave the last state on screen and give the terminal back."""

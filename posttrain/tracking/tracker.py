@@ -64,6 +64,11 @@ class Tracker:
         if self._console is not None and "message" in fields:
             self._console.message(f"{kind}: {fields['message']}")
 
+    def show(self, renderable: Any) -> None:
+        """Print a line or a table of rich above the live display; it goes to no file."""
+        if self._console is not None:
+            self._console.show(renderable)
+
     def status(self, text: str) -> None:
         """What is going on within the step, for the live display only."""
         if self._console is not None:

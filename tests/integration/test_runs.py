@@ -140,7 +140,8 @@ def test_student_closes_the_gap_to_two_teachers(user: Path) -> None:
     """math has the RL model as teacher, code the student itself: its gap is the engines' noise."""
     posttrain(
         user, "mopd", "model.path=runs/sft/model", "data.path=prompts.jsonl", "algorithm.steps=14",
-        "teachers.math.path=runs/rl/model", "teachers.code.path=runs/sft/model", "algorithm.prompts_per_step=64",
+        "teachers.math.path=runs/rl/model", "teachers.code.path=runs/sft/model", "teachers.code.self=true",
+        "algorithm.prompts_per_step=64",
         "learner.lr=1e-3", "learner.warmup_steps=0", "algorithm.overlong=keep", "teacher_workers.max_initial_kl=4", *ROLLOUT,
     )  # fmt: skip
     rows = read_jsonl(user / "runs/mopd/metrics.jsonl")
@@ -149,7 +150,12 @@ def test_student_closes_the_gap_to_two_teachers(user: Path) -> None:
     gap = [row["math/teacher_abs"] for row in rows]
     assert sum(gap[-3:]) / 3 < 0.7 * sum(gap[:2]) / 2, gap
     preflight = [e for e in read_jsonl(user / "runs/mopd/events.jsonl") if e["kind"] == "preflight"]
-    assert {e["domain"] for e in preflight} >= {"math", "code"}
+    gates = {(e["domain"], e["gate"]): e["verdict"] for e in preflight}
+    assert len(gates) == len(preflight), "every gate once"
+    for domain in ("math", "code"):
+        for gate in ("vocabulary", "self_teacher", "foreign", "scoring", "noise", "initial_kl"):
+            assert gates[domain, gate] == "ok", (domain, gate)
+    assert json.loads((user / "runs/mopd/preflight.json").read_text())
 
 
 def test_outcome_beside_the_teachers_with_balanced_domains(user: Path) -> None:

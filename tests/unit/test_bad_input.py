@@ -12,7 +12,7 @@ from posttrain import cli
 from posttrain.cli import main
 from posttrain.compose import compose
 from posttrain.run_folder import RunFolder, _locks
-from tests.tiny_models import tiny_mimo
+from tests.tiny_models import tiny_mimo, tiny_teacher
 
 USER = {"role": "user", "content": "1+1=?"}
 REPLY = {"role": "assistant", "content": "2"}
@@ -24,7 +24,7 @@ REWARD = "rewards._target_=rewards.exact_match.ExactMatch"
 def models(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
     tiny_mimo(root / "student")
-    tiny_mimo(root / "teacher", seed=1)
+    tiny_teacher(root / "student", root / "teacher")
     return root
 
 
@@ -221,6 +221,27 @@ def test_checkpoint_of_another_model(place, capsys):
     shutil.copy("models/teacher/model.safetensors", "models/student/model.safetensors")
     found = refused(capsys, "rl", *base(), "name=former")
     assert found.startswith("model.path='models/student': its weights changed since this run began")
+
+
+def test_teacher_whose_weights_changed_since_the_run_began(place, capsys):
+    teacher = "teachers.math.path=models/teacher"
+    RunFolder.open(compose("mopd", [*base(), "name=distil", teacher])[1]).close()
+    tiny_teacher(place / "models/student", place / "models/later", seed=1)
+    shutil.copy("models/later/model.safetensors", "models/teacher/model.safetensors")
+    found = refused(capsys, "mopd", *base(), "name=distil", teacher)
+    assert found.startswith("teachers.math.path='models/teacher': its weights changed since this run began")
+
+
+def test_the_student_as_its_own_teacher(place, capsys):
+    shutil.copy("models/student/model.safetensors", "models/teacher/model.safetensors")
+    found = mopd(capsys)
+    assert found.startswith(
+        "teachers.math.path='models/teacher': its tensors are the student's, byte for byte"
+    )
+    assert found.endswith("(accepted by name: teacher_workers.accept=[self_teacher])")
+    arguments = [*base(), "teachers.math.path=models/teacher", "dry_run=true"]
+    assert main(["mopd", *arguments, "teachers.math.self=true"]) == 0
+    assert main(["mopd", *arguments, "teacher_workers.accept=[self_teacher]"]) == 0
 
 
 def test_gpu_that_is_not_there(place, capsys):

@@ -1,4 +1,4 @@
-"""Teachers that change between steps: by file, by call, on trial until their gap check, and after a crash."""
+"""Teachers that change between steps: by file, by call, on trial until they passed on samples, and after a crash."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 from safetensors.torch import load_file, save_file
 
 from posttrain.compose import compose
@@ -15,8 +16,10 @@ from posttrain.live_teachers import LiveTeachers, Record
 from posttrain.run_folder import RunFolder
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
+from teachers.check import check_teachers
+from teachers.gates import GateRow
 from teachers.teacher import Teacher, resolve
-from tests.tiny_models import tiny_dense
+from tests.tiny_models import tiny_dense, tiny_teacher
 
 
 class FakePool:
@@ -26,12 +29,36 @@ class FakePool:
         self.held: dict[str, Teacher] = {}
         self.broken: set[str] = set()
 
-    def set_teachers(self, teachers: dict[str, Teacher]) -> None:
+    def set_teachers(self, teachers: dict[str, Teacher], signal: str = "sampled", top_k: int = 64) -> None:
         self.held = {}
         for teacher in teachers.values():
             if Path(teacher.path).name in self.broken:
                 raise UserError(f"{teacher.path} does not load")
         self.held = dict(teachers)
+
+
+class FakePreflight:
+    """Remembers whose rows it has; measures what it is given, and refuses folders whose name is in ``far``."""
+
+    def __init__(self, teachers: dict[str, Teacher], rows: list[GateRow]) -> None:
+        self.teachers, self.rows = dict(teachers), rows
+        self.far: set[str] = set()
+        self.measured: list[tuple[str, bool]] = []  # folder, is_start
+
+    def rows_of(self, domain: str) -> list[GateRow]:
+        return [row for row in self.rows if row.domain == domain]
+
+    def replace(self, domain: str, teacher: Teacher, rows: list[GateRow]) -> None:
+        self.teachers[domain] = teacher
+        self.rows = [row for row in self.rows if row.domain != domain] + rows
+
+    def check(self, pool: FakePool, samples: dict[str, Any], is_start: bool) -> None:
+        for domain in samples:
+            assert pool.held[domain] == self.teachers[domain]
+            name = Path(self.teachers[domain].path).name
+            self.measured.append((name, is_start))
+            if name in self.far:
+                raise UserError(f"{name} is too far")
 
 
 class World:
@@ -41,6 +68,7 @@ class World:
         self.root = root
         base = [f"model.path={root}/student", f"runs_dir={root}/runs", "name=swap", "tracking.wandb=disabled"]
         sections = [f"teachers.{d}.path={root}/{p}" for d, p in (("math", "a"), ("code", "student"))]
+        sections.append("teachers.code.self=true")
         self.cfg: Any = compose(
             "mopd", [*base, *sections, "data.path=x", "tracking.console=false", "rollout.max_model_len=64"]
         )[1]
@@ -51,9 +79,16 @@ class World:
         self.folder = folder.path
         self.pool = FakePool()
         record = Record.read(folder, resolve(self.cfg.teachers, ["math", "code"], self.cfg.model.path))
+        rows = check_teachers(record.teachers, self.cfg.model, self.cfg.teacher_workers, 64)
         self.pool.set_teachers(record.teachers)
         tracker = Tracker(folder.path, self.cfg.tracking, "swap", {}, 10)
-        self.live = LiveTeachers(self.pool, record, self.cfg, folder, tracker)  # type: ignore[arg-type]
+        self.preflight = FakePreflight(record.teachers, rows)
+        self.live = LiveTeachers(self.pool, record, self.cfg, folder, tracker, self.preflight)  # type: ignore[arg-type]
+
+    def check(self, step: int = 3, *domains: str, scores: Any = None) -> set[str]:
+        """A step whose samples are of ``domains`` (all)."""
+        samples: Any = {domain: ["rollout"] for domain in domains or ("math", "code")}
+        return self.live.check(samples, step, scores or dict.fromkeys(samples))
 
     def write(self, text: str) -> None:
         file = self.folder / "teachers.yaml"
@@ -70,20 +105,18 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    for seed, name in enumerate(("student", "a", "b", "c")):
-        tiny_dense(tmp_path / name, seed=seed, num_layers=1, hidden=64)
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    student = tiny_dense(tmp_path / "student", num_layers=1, hidden=64)
+    for seed, name in enumerate("abc"):
+        tiny_teacher(student, tmp_path / name, seed=seed)
+    monkeypatch.setattr("posttrain.live_teachers.ray.get", lambda ref: ref)
     return World(tmp_path)
-
-
-def accept_all(world: World) -> None:
-    for domain in sorted(world.live.unchecked):
-        world.live.accept(domain)
 
 
 def test_a_file_swaps_a_teacher_once(world: World) -> None:
     assert world.live.unchecked == {"math", "code"}
-    accept_all(world)
+    world.check(1)
+    assert world.live.unchecked == set() and world.preflight.measured == [("a", True), ("student", True)]
     world.live.read_file(1)
     assert world.held == {"math": "a", "code": "student"} and world.live.version == 1
     world.write(f"math: {world.root}/b\n")
@@ -95,7 +128,9 @@ def test_a_file_swaps_a_teacher_once(world: World) -> None:
     assert (event["step"], event["version"], event["domain"]) == (4, 2, "math")
     assert event["path"] == f"{world.root}/b" and event["former"] == f"{world.root}/a"
     assert len(event["fingerprint"]) == 64
-    world.live.accept("math")
+    assert world.check(5) == set() and world.preflight.measured[-1] == ("b", False)
+    assert {row.path for row in world.preflight.rows_of("math")} == {f"{world.root}/b"}
+    assert {row.gate for row in world.preflight.rows_of("math")} >= {"files", "weights", "foreign", "shared"}
     world.write(f"math: {world.root}/b\n")
     world.live.read_file(6)
     assert world.live.version == 2, "the same teacher again is no change"
@@ -108,14 +143,19 @@ def test_a_file_swaps_a_teacher_once(world: World) -> None:
         ("- a", "a mapping is needed"),
         ("law: /x", "teachers.law: this run has no domain 'law'; it has code, math"),
         ("math: /gone", "teachers.math.path='/gone': no such directory"),
-        ("math: {path: /x, steps: 3}", "give a path, or a mapping of path, backend, adapter, model"),
+        (
+            "math: {path: /x, steps: 3}",
+            "give a path, or a mapping of path, backend, adapter, model, revision, self",
+        ),
+        ("math: {path: /x, self: 1}", "teachers.math.self=1: true or false is needed"),
+        ("math: {path: /x, revision: 3}", "teachers.math.revision=3: a text is needed"),
         ("math: {path: 3}", "teachers.math.path=3: a text is needed"),
         ("math: {path: /x, backend: vlm}", "teachers.math.backend='vlm': choose transformers, vllm, server"),
         ("math: {path: /x, model: big}", "teachers.math.model='big': only a server has named models"),
     ],
 )
 def test_a_bad_file_is_an_event_and_nothing_changes(world: World, text: str, expected: str) -> None:
-    accept_all(world)
+    world.check()
     world.write(text)
     world.live.read_file(3)
     world.live.read_file(4)
@@ -125,7 +165,7 @@ def test_a_bad_file_is_an_event_and_nothing_changes(world: World, text: str, exp
 
 
 def test_a_teacher_that_does_not_load_leaves_the_former_ones(world: World) -> None:
-    accept_all(world)
+    world.check()
     world.pool.broken = {"b"}
     with pytest.raises(UserError, match=r"could not be loaded: .*/b does not load"):
         world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
@@ -133,22 +173,25 @@ def test_a_teacher_that_does_not_load_leaves_the_former_ones(world: World) -> No
 
 
 def test_weights_that_change_in_place_are_refused(world: World) -> None:
-    accept_all(world)
+    world.check()
     file = world.root / "a/model.safetensors"
     weights = load_file(file)
-    weights["model.norm.weight"] += 1
+    weights["model.norm.weight"] *= 1.01
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="changed in place"):
         world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/a")}, 3)
 
 
-def test_a_teacher_that_fails_its_gap_check_is_taken_back(world: World) -> None:
-    accept_all(world)
-    assert not world.live.take_back("math", 2, UserError("far")), "the first teachers are not on trial"
+def test_a_teacher_that_fails_on_samples_is_taken_back(world: World) -> None:
+    world.check()
+    files = world.preflight.rows_of("math")
+    world.preflight.far = {"c"}
     world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
     world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/c")}, 4)
-    assert world.live.take_back("math", 4, UserError("too far"))
+    assert world.check(4, "code") == set() and world.live.unchecked == {"math"}, "no sample of math yet"
+    assert world.check(4) == {"math"}
     assert world.held == {"math": "a", "code": "student"}, "neither b nor c ever passed"
+    assert world.preflight.rows_of("math") == files
     [event] = world.events("teacher_swap_refused")
     assert (
         event["path"] == f"{world.root}/c"
@@ -156,20 +199,60 @@ def test_a_teacher_that_fails_its_gap_check_is_taken_back(world: World) -> None:
         and "too far" in event["message"]
     )
     assert world.live.version == event["version"] == 4
-    assert world.live.unchecked == {"math"}, "the former one is measured on the same samples"
+    assert [name for name, _ in world.preflight.measured[-2:]] == ["c", "a"], "on the same samples"
+    assert world.live.unchecked == set()
+
+
+def test_the_first_teachers_are_not_on_trial(world: World) -> None:
+    world.preflight.far = {"a"}
+    with pytest.raises(UserError, match="a is too far"):
+        world.check()
+    assert world.events("teacher_swap_refused") == [] and world.live.unchecked == {"math", "code"}
+
+
+def test_scores_that_failed_take_a_teacher_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the wave was given counts too, not only what preflight asks."""
+
+    def get(ref: Any) -> Any:
+        if isinstance(ref, BaseException):
+            raise ref
+        return ref
+
+    monkeypatch.setattr("posttrain.live_teachers.ray.get", get)
+    world.check()
+    world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
+    assert world.check(3, "math", scores={"math": RayError("nan for token 7")}) == {"math"}
+    assert "nan for token 7" in world.events("teacher_swap_refused")[0]["message"]
+    assert world.held["math"] == "a"
+
+
+def test_a_teacher_that_its_files_refuse_never_loads(world: World) -> None:
+    """The same gates as at the start, with the same names to accept them."""
+    world.check()
+    foreign = tiny_dense(world.root / "foreign", seed=9, num_layers=1, hidden=64)
+    for path, words in ((foreign, "accept=[foreign]"), (world.root / "student", "teachers.math.self=true")):
+        world.write(f"math: {path}\n")
+        world.live.read_file(3)
+        assert words in world.events("teacher_swap_refused")[-1]["message"]
+    assert world.held["math"] == "a" and world.live.version == 1
+    world.write(f"math: {{path: {world.root}/student, self: true}}\n")
+    world.live.read_file(4)
+    assert world.held["math"] == "student"
+    [row] = [row for row in world.preflight.rows_of("math") if row.gate == "shared"]
+    assert row.value == "also code", "a domain that was not swapped"
 
 
 def test_a_resumed_run_uses_the_swapped_teacher(world: World) -> None:
-    accept_all(world)
+    world.check()
     world.write(f"math: {world.root}/b\n")
     world.live.read_file(2)
     world.restart()
     assert world.held["math"] == "a", "what was on trial when the run died starts its trial again"
     world.live.read_file(2)
     assert world.held["math"] == "b"
-    accept_all(world)
+    world.check()
     world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/c")}, 5)
-    accept_all(world)
+    world.check()
     version = world.live.version
     world.restart()
     world.live.read_file(5)
@@ -178,10 +261,10 @@ def test_a_resumed_run_uses_the_swapped_teacher(world: World) -> None:
 
 
 def test_a_path_alone_keeps_the_back_end(world: World) -> None:
-    accept_all(world)
+    world.check()
     world.write(f"math: {{path: {world.root}/b, backend: vllm}}\n")
     world.live.read_file(2)
-    accept_all(world)
+    world.check()
     world.write(f"math: {world.root}/c\n")
     world.live.read_file(3)
     assert [e["backend"] for e in world.events("teacher_swap")] == ["vllm", "vllm"]

@@ -231,7 +231,6 @@ class Run:
                 checkpoint_every=2,
                 probe_texts=[np.arange(3)],
                 probe_tolerance=0.1,
-                max_teacher_gap=0.0,
                 decode=str,
                 rollout_samples=0,
                 rollout_every_steps=1,

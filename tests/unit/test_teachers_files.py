@@ -7,16 +7,19 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from posttrain.config import UserError
+from posttrain.config import ModelConfig, TeacherConfig, TeacherWorkerConfig, UserError
+from teachers.check import check_teachers
 from teachers.checkpoint import INDEX_NAME, locate, read_tensors
 from teachers.fingerprint import fingerprint, num_bytes
-from teachers.preflight import check_files, check_gap
+from teachers.gates import GateRow
+from teachers.teacher import resolve
 
 TENSORS = {
     "embed": np.arange(40, dtype=np.float32).reshape(10, 4),
@@ -92,21 +95,39 @@ def test_fingerprint_cache_sees_a_rewritten_file(student: Path) -> None:
 
 def test_good_teachers_give_rows(student: Path, teacher: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(teacher, tmp_path / "copy")
-    paths = {"math": str(teacher), "code": str(copy), "chat": str(student)}
-    rows = {row["domain"]: row for row in check_files(str(student), paths, ["math", "code", "chat", "math"])}
-    assert {domain: row["result"] for domain, row in rows.items()} == {
-        "math": "ok",
-        "code": "ok",
-        "chat": "self-teacher",
+    teachers = given(math=teacher, code=copy) | {"chat": TeacherConfig(path=str(student), self=True)}
+    rows = check_given(student, teachers, ["math", "code", "chat", "math"])
+    cells = {(row.domain, row.gate): row for row in rows}
+    assert len(cells) == len(rows) and {domain for domain, _ in cells} == {"math", "code", "chat"}
+    assert {key for key, row in cells.items() if row.verdict != "ok"} == {
+        ("math", "shared"),
+        ("code", "shared"),
     }
-    assert rows["math"]["shared_with"] == ["code"] and rows["chat"]["shared_with"] == []
-    assert rows["math"]["fingerprint"] == rows["code"]["fingerprint"] == fingerprint(str(teacher))
+    assert (
+        cells["math", "shared"].value == "also code" and cells["chat", "self_teacher"].value == "on purpose"
+    )
+    assert cells["math", "self_teacher"].value == fingerprint(str(teacher))[:8]
+
+
+def given(**paths: Path | str | None) -> dict[str, TeacherConfig]:
+    return {domain: TeacherConfig(path=path and str(path)) for domain, path in paths.items()}
+
+
+def check(student: Path | str, *domains: str, **paths: Path | str | None) -> list[GateRow]:
+    return check_given(student, given(**paths), domains)
+
+
+def check_given(
+    student: Path | str, teachers: dict[str, TeacherConfig], domains: Iterable[str]
+) -> list[GateRow]:
+    resolved = resolve(teachers, domains, str(student))
+    return check_teachers(resolved, ModelConfig(path=str(student)), TeacherWorkerConfig(), 64)
 
 
 def refusal(student: Path, teacher: Path) -> str:
     """The one line with which ``teacher`` is refused for domain math."""
     with pytest.raises(UserError) as caught:
-        check_files(str(student), {"math": str(teacher)}, ["math"])
+        check(student, "math", math=teacher)
     message = str(caught.value)
     assert message.startswith("teachers.math.path=") and str(teacher) in message and "\n" not in message
     return message
@@ -116,16 +137,16 @@ def test_domain_without_teacher(student: Path, teacher: Path) -> None:
     with pytest.raises(
         UserError, match=r"^teachers\.code\.path=None: .*have no teacher; give teachers\.code\.path=DIR"
     ):
-        check_files(str(student), {"math": str(teacher)}, ["math", "code"])
+        check(student, "math", "code", math=teacher)
     with pytest.raises(UserError, match=r"^teachers\.code\.path=None"):
-        check_files(str(student), {"math": str(teacher), "code": None}, ["math", "code"])
+        check(student, "math", "code", math=teacher, code=None)
 
 
 def test_teacher_without_domain(student: Path, teacher: Path) -> None:
     with pytest.raises(
         UserError, match=r"^teachers\.maths\.path=.*no prompt belongs to domain 'maths' \(there are math\)"
     ):
-        check_files(str(student), {"math": str(teacher), "maths": str(teacher)}, ["math"])
+        check(student, "math", math=teacher, maths=teacher)
 
 
 def test_other_vocabulary(student: Path, teacher: Path) -> None:
@@ -162,7 +183,7 @@ def test_other_chat_template(student: Path, teacher: Path) -> None:
 def test_same_chat_template_in_tokenizer_config(student: Path, teacher: Path) -> None:
     (teacher / "chat_template.jinja").unlink()
     edit_json(teacher / "tokenizer_config.json", chat_template="{{ messages }}")
-    assert check_files(str(student), {"math": str(teacher)}, ["math"])[0]["result"] == "ok"
+    assert {row.verdict for row in check(student, "math", math=teacher)} == {"ok"}
 
 
 def test_missing_shard(student: Path, teacher: Path) -> None:
@@ -205,7 +226,7 @@ def test_pickled_weights(student: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["nowhere", "no/where", "../no/where"])
 def test_missing_directory(student: Path, path: str) -> None:
     with pytest.raises(UserError, match=rf"^teachers\.math\.path='{path}': no such directory"):
-        check_files(str(student), {"math": path}, ["math"])
+        check(student, "math", math=path)
 
 
 def test_a_hub_id_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,30 +246,12 @@ def test_a_hub_id_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_missing_student_names_its_own_key(teacher: Path) -> None:
     with pytest.raises(UserError, match=r"^model\.path='gone': no such directory"):
-        check_files("gone", {"math": str(teacher)}, ["math"])
+        check("gone", "math", math=teacher)
 
 
 def test_tensor_entries_point_at_the_bytes(teacher: Path) -> None:
     entry = read_tensors(teacher, "path")["norm"]
     assert np.frombuffer(entry.file.read_bytes()[entry.start : entry.end], np.float32).tolist() == [3.0] * 4
-
-
-def test_gap_within_and_beyond_the_limit() -> None:
-    teacher = [np.array([0.0, -1.0, -9.0], np.float32)]
-    student = [np.array([0.0, -2.0, -1.0], np.float32)]
-    mask = [np.array([False, True, True])]
-    row = check_gap("math", "t", teacher, student, mask, limit=4.5)
-    assert row["mean_abs"] == 4.5 and row["num_tokens"] == 2
-    with pytest.raises(
-        UserError, match=r"^teachers\.math\.path='t': mean .* 4\.500, above .*max_initial_kl=4\.4"
-    ):
-        check_gap("math", "t", teacher, student, mask, limit=4.4)
-
-
-def test_gap_that_is_nan_is_refused() -> None:
-    bad, mask = [np.array([0.0, np.nan], np.float32)], [np.array([False, True])]
-    with pytest.raises(UserError):
-        check_gap("math", "t", bad, [np.zeros(2, np.float32)], mask, limit=100.0)
 
 
 def test_driver_side_imports_no_torch() -> None:

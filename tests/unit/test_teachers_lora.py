@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
 from teachers.adapter import adapter_fingerprint, check_adapter
 from teachers.check import check_teachers, teacher_fingerprint
+from teachers.gates import GateRow, Verdict
 from teachers.scorer import Scorer
 from teachers.teacher import Teacher
 from teachers.worker import TeacherWorker
@@ -215,21 +216,84 @@ def test_an_adapter_of_another_base_is_refused(
         assert worker.backends == {}, "part of the adapter may be on the base"
 
 
-def test_preflight_names_what_shares_a_teacher(base: Path, adapters: dict[str, tuple[str, str]]) -> None:
-    adapter = adapters["attention"][0]
-    teachers = {
-        "math": Teacher(key="teachers.math", path=str(base), adapter=adapter),
-        "code": Teacher(key="teachers.code", path=str(base)),
-        "law": Teacher(key="teachers.law", path=str(base), adapter=adapter),
-    }
+def gates(base: Path, workers: TeacherWorkerConfig | None = None, **teachers: Teacher) -> dict[Any, GateRow]:
     student = ModelConfig(path=str(base))
-    rows = {r["domain"]: r for r in check_teachers(teachers, student, TeacherWorkerConfig(), 64)}
-    assert {d: (r["result"], r["shared_with"]) for d, r in rows.items()} == {
-        "math": ("ok", ["law"]),
-        "code": ("self-teacher", []),
-        "law": ("ok", ["math"]),
+    rows = check_teachers(teachers, student, workers or TeacherWorkerConfig(), 64)
+    return {(row.domain, row.gate): row for row in rows}
+
+
+def test_preflight_names_what_shares_a_teacher(base: Path, adapters: dict[str, tuple[str, str]]) -> None:
+    """The student as a base is no self-teacher."""
+    adapter = adapters["attention"][0]
+    rows = gates(
+        base,
+        math=Teacher(key="teachers.math", path=str(base), adapter=adapter),
+        code=Teacher(key="teachers.code", path=str(base), is_student=True),
+        law=Teacher(key="teachers.law", path=str(base), adapter=adapter),
+    )
+    assert {d: rows[d, "shared"].value for d in ("math", "code", "law")} == {
+        "math": "also law",
+        "code": "its own model",
+        "law": "also math",
     }
-    assert rows["math"]["path"] == adapter and rows["math"]["base"] == str(base)
+    assert rows["math", "self_teacher"].value == "an adapter on the student"
+    assert rows["code", "self_teacher"].value == "on purpose"
+    assert {row.verdict for (_, gate), row in rows.items() if gate != "shared"} == {Verdict.ok}
+    assert rows["math", "adapter"].path == adapter and ("code", "adapter") not in rows
+
+
+def test_every_kind_of_adapter_passes(base: Path, adapters: dict[str, tuple[str, str]]) -> None:
+    for adapter, _ in adapters.values():
+        rows = gates(base, math=Teacher(key="teachers.math", path=str(base), adapter=adapter))
+        assert {row.verdict for row in rows.values()} == {Verdict.ok}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_that_are_broken_or_do_nothing(
+    base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The gate `adapter` names them, and it can be accepted; as PEFT makes them, lora_B is zero."""
+    folder = Path(copy_of(adapters["attention"][0], tmp_path / "adapter"))
+    file = folder / "adapter_model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    teacher = Teacher(key="teachers.math", path=str(base), adapter=str(folder))
+
+    def save(change: dict[str, torch.Tensor]) -> None:
+        save_file(tensors | change, file, metadata={"format": "pt"})
+
+    halves = {name: torch.zeros_like(t) for name, t in tensors.items() if ".lora_B." in name}
+    first = sorted(halves)[0]
+    save({first: halves[first]})
+    assert gates(base, math=teacher)["math", "adapter"].verdict is Verdict.ok, "one matrix may stay as it was"
+    save(halves)
+    with pytest.raises(UserError) as error:
+        gates(base, math=teacher)
+    line = str(error.value)
+    assert line.startswith(f"teachers.math.adapter={str(folder)!r}: every lora_B is zero")
+    assert line.endswith("(accepted by name: teacher_workers.accept=[adapter])")
+    accepted = gates(base, TeacherWorkerConfig(accept=["adapter"]), math=teacher)
+    assert accepted["math", "adapter"].verdict is Verdict.accepted
+    meant = Teacher(key="teachers.math", path=str(base), adapter=str(folder), is_student=True)
+    assert gates(base, math=meant)["math", "adapter"].value == "no effect, on purpose"
+    name = sorted(tensors)[0]
+    broken = tensors[name].clone()
+    broken[0, 0] = torch.nan
+    save({name: broken})
+    with pytest.raises(UserError, match=r"holds NaN or infinite values \(1\)"):
+        gates(base, math=teacher)
+
+
+def test_worker_examines_with_the_adapter_on(base: Path, adapters: dict[str, tuple[str, str]]) -> None:
+    """The direct forward is that of the base with the adapter, whatever was scored in between."""
+    adapter, merged = adapters["both"]
+    worker = TeacherWorker(TeacherWorkerConfig(cores_per_worker=1), ModelConfig())
+    plain = Teacher(key="teachers.code", path=str(base))
+    adapted = Teacher(key="teachers.math", path=str(base), adapter=adapter)
+    worker.set_teachers({"b": plain, "b+a": adapted})
+    for _ in range(2):
+        assert worker.examine("b+a", adapted, texts(), scores(merged)).mean_abs < 1e-5
+        assert worker.examine("b", plain, texts(), scores(merged)).mean_abs > 0.05
+        assert worker.examine("b", plain, texts(), scores(base)).mean_abs < 1e-5
 
 
 def test_adapters_of_other_experts_do_not_share_a_base(

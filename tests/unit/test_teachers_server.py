@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config import Dtype, ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from teachers.check import check_teachers
+from teachers.gates import Subject, Verdict
 from teachers.scorer import Scorer
 from teachers.scores import TeacherScoreError
-from teachers.server import ServerScorer, check_server
+from teachers.server import ServerScorer, server_gates
 from teachers.teacher import Teacher
 from tests.tiny_models import tiny_qwen3_moe
 
@@ -266,22 +267,42 @@ def test_minus_infinity_is_a_broken_score(server: Server) -> None:
 def test_preflight_of_a_server(server: Server, checkpoint: Path, tmp_path: Path) -> None:
     vocab_size = server.model.config.vocab_size
     student = ModelConfig(path=str(checkpoint))
-    [row] = check_teachers({"math": teacher(server)}, student, settings(), 500)
-    assert (row["result"], row["backend"]) == ("ok", "server") and row["path"] == f"{server.url}#teacher"
+    rows = {r.gate: r for r in check_teachers({"math": teacher(server)}, student, settings(), 500)}
+    assert {row.path for row in rows.values()} == {f"{server.url}#teacher"}
+    assert {gate for gate, row in rows.items() if row.verdict is Verdict.unmeasured} == {
+        *("chat_template", "self_teacher", "tensors", "weights", "foreign")
+    }
+    assert {gate for gate, row in rows.items() if row.verdict is Verdict.ok} == {
+        *("server", "context", "vocabulary", "special_tokens", "tokenizer", "shared")
+    }
 
-    def refusal(model: str = "teacher", max_tokens: int = 500, vocab_size: int = vocab_size) -> str:
-        with pytest.raises(UserError) as error:
-            check_server(teacher(server, model), settings(), checkpoint, vocab_size, max_tokens)
-        assert str(error.value).startswith("teachers.math.") and "\n" not in str(error.value)
-        return str(error.value)
+    def refusal(gate: str, model: str = "teacher", max_tokens: int = 500, size: int = vocab_size) -> str:
+        subject = Subject(domain="math", teacher=teacher(server, model))
+        found = server_gates(subject, settings(), checkpoint, size, max_tokens)
+        red = [row for row in found if row.verdict is Verdict.red]
+        assert red[0].gate == gate
+        assert red[0].line().startswith("teachers.math.") and "\n" not in red[0].line()
+        return red[0].line()
 
-    assert refusal(model="other").startswith("teachers.math.model='other': the server has teacher")
-    assert "its context is 512 and a rollout may have 512 tokens" in refusal(max_tokens=512)
-    assert "Token id is out of vocabulary" in refusal(vocab_size=vocab_size + 1)
+    found = refusal("server", model="other")
+    assert found.startswith("teachers.math.model='other': the server has teacher") and "accept" not in found
+    assert "its context is 512 and a rollout may have 512 tokens" in refusal("context", max_tokens=512)
+    found = refusal("vocabulary", size=vocab_size + 1)
+    assert "Token id is out of vocabulary" in found and "accept=[vocabulary]" in found
     server.shift = 1
-    assert "another tokenizer than the student's" in refusal()
+    assert "another tokenizer than the student's" in refusal("tokenizer")
     server.shift, server.scale = 0, 0.2
-    assert "these are no logprobs" in refusal()
+    assert "these are no logprobs" in refusal("server")
+
+
+def test_a_server_that_is_accepted_by_name(server: Server, checkpoint: Path) -> None:
+    server.shift = 1
+    student, workers = ModelConfig(path=str(checkpoint)), settings()
+    with pytest.raises(UserError, match=r"accept=\[(special_tokens|tokenizer)\]"):
+        check_teachers({"math": teacher(server)}, student, workers, 500)
+    workers.accept = ["special_tokens", "tokenizer"]
+    rows = {r.gate: r.verdict for r in check_teachers({"math": teacher(server)}, student, workers, 500)}
+    assert rows["tokenizer"] is rows["special_tokens"] is Verdict.accepted
 
 
 def test_what_it_cannot_give(server: Server, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from posttrain.compose import compose
 from posttrain.config import RunConfig, UserError
 from posttrain.plan import print_plan, processes
 from posttrain.validate import check_model, validate
-from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
+from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe, tiny_teacher
 
 REWARD = "rewards._target_=rewards.exact_match.ExactMatch"
 ROOM = ("rollout.max_new_tokens=16", "rollout.max_model_len=64")
@@ -25,8 +25,8 @@ def world(tmp_path_factory) -> Path:
     tiny_mimo(root / "mimo")
     tiny_qwen3_moe(root / "qwen")
     tiny_dense(root / "dense")
-    tiny_mimo(root / "teacher_math", seed=1)
-    tiny_mimo(root / "teacher_code", seed=2)
+    tiny_teacher(root / "mimo", root / "teacher_math", seed=1)
+    tiny_teacher(root / "mimo", root / "teacher_code", seed=2)
 
     def rows(name: str, start: int, *, reply: bool = False) -> None:
         lines = []
@@ -83,7 +83,7 @@ def test_a_good_run_is_counted(world, command, capsys):
             == {"code": 2, "math": 2}
         )
     if command == "mopd":
-        assert [(row["domain"], row["result"]) for row in report.teachers] == [("code", "ok"), ("math", "ok")]
+        assert {(row.domain, row.verdict) for row in report.teachers} == {("code", "ok"), ("math", "ok")}
     print_plan(command, cfg, report)
     out = capsys.readouterr().out
     assert "MiMoV2FlashForCausalLM" in out and "nothing started" in out and "math 2" in out
@@ -121,7 +121,7 @@ def test_rl_on_all_domains_with_a_reward_for_each(world):
 def test_mopd_of_one_domain_needs_that_teacher_alone(world):
     for extra in ([], ["~teachers.code"], ["teachers.code.path=/nowhere"]):
         report = validate(config(world, "mopd", "domain=math", *extra))
-        assert report.num_prompts == {"math": 2} and [row["domain"] for row in report.teachers] == ["math"]
+        assert report.num_prompts == {"math": 2} and {row.domain for row in report.teachers} == {"math"}
     found = refusal(world, "mopd", "domain=math", "~teachers.math")
     assert found.startswith("teachers.math.path=None: prompts of domain 'math' have no teacher")
     assert "domain='law'" in refusal(world, "mopd", "domain=law")
@@ -335,18 +335,46 @@ def test_a_default_teacher_and_an_adapter_are_shown(world, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(world / "mimo")
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
-        str(tmp_path / "lora")
-    )
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(str(tmp_path / "lora"))
     overrides = ["~teachers.math", f"teachers.default.adapter={tmp_path}/lora"]
     cfg = config(world, "mopd", *overrides)
     report = validate(cfg)
-    assert [(r["domain"], r["backend"], r["result"]) for r in report.teachers] == [
-        ("code", "transformers", "ok"),
-        ("math", "transformers", "ok"),
-    ]
+    assert {(r.domain, r.verdict) for r in report.teachers} == {("code", "ok"), ("math", "ok")}
+    assert {(r.domain, r.gate) for r in report.teachers if "adapter" in r.gate} == {("math", "adapter")}
     print_plan("mopd", cfg, report)
-    assert f"math: {tmp_path}/lora" in capsys.readouterr().out.replace("\n", "")
+    assert f"math: {tmp_path}/lora (transformers; ok)" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_is_wrong_and_accepted(world, capsys):
+    """Default, self, accept and domain at once."""
+    overrides = [
+        *("~teachers.math", "~teachers.code", f"teachers.default.path={world}/mimo", "domain=math"),
+        "teacher_workers.accept=[self_teacher]",
+    ]
+    cfg = config(world, "mopd", *overrides)
+    report = validate(cfg)
+    assert {row.domain for row in report.teachers} == {"math"}
+    print_plan("mopd", cfg, report)
+    assert "self_teacher accepted: its tensors are the student's" in capsys.readouterr().out
+    found = refusal(world, "mopd", *overrides[:-1])
+    assert found.startswith(f"teachers.default.path='{world}/mimo': its tensors are the student's")
+    assert "teachers.default.self=true" in found
+    report = validate(config(world, "mopd", *overrides[:-1], "teachers.default.self=true"))
+    assert {row.verdict for row in report.teachers} == {"ok"}
+
+
+def test_a_pipeline_takes_a_default_teacher_and_what_is_accepted(world):
+    given = ["~teachers.math", "~teachers.code", f"teachers.default.path={world}/teacher_math"]
+    report = validate(config(world, "pipeline", *given))
+    assert {row.domain for row in report.teachers} == {"math", "code"}
+    assert "weights" not in {row.gate for row in report.teachers}, "the SFT model is not there yet"
+    found = refusal(
+        world, "pipeline", *given, f"teachers.default.revision={'b' * 40}", f"teachers.math.path={world}/gone"
+    )
+    assert found.startswith(f"teachers.math.path='{world}/gone': no such directory")
+    found = refusal(world, "pipeline", "teachers.default.train=rl")
+    assert found.startswith("teachers.default=None: every domain has a teacher of its own")
 
 
 def test_visible_gpus(monkeypatch):

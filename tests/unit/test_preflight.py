@@ -1,0 +1,693 @@
+"""The preflight on real tiny checkpoints: every kind of wrong teacher is caught by its gate, right ones pass them all.
+
+Right teachers are made as real ones are: a start checkpoint that was trained on all domains, fine-tuned further on one.
+Wrong ones are a right one that was broken in one way. The scores come from `Scorer` without Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.tiny.domains import WORLDS, demonstrate
+from posttrain import preflight
+from posttrain.config import (
+    ACCEPTABLE,
+    Dtype,
+    ModelConfig,
+    TeacherBackend,
+    TeacherConfig,
+    TeacherWorkerConfig,
+    UserError,
+)
+from posttrain.data.chat import encode_conversation
+from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, TeacherScores, Turn
+from teachers.check import check_teachers, teacher_gates
+from teachers.direct import Examination, examine
+from teachers.gates import GATES, NEVER_RED, UNLOADABLE, GateRow, Subject, Verdict, judge, stop_on_red
+from teachers.scorer import Scorer
+from teachers.teacher import Teacher, build, resolve
+from tests.tiny_models import tiny_qwen3_moe
+
+SHAPE = {"hidden": 64, "num_layers": 2, "num_experts": 4, "moe_width": 64, "max_positions": 128}
+WORKERS = TeacherWorkerConfig(cores_per_worker=1)
+LEARNING_RATES = (1e-5, 1e-4, 2e-4, 5e-4, 1e-3)
+NUM_RIGHT = 20
+MAX_NEW_TOKENS = 32
+
+
+def check_files(
+    student: str, teachers: dict[str, TeacherConfig], domains: Iterable[str], accept: Iterable[str] = ()
+) -> list[GateRow]:
+    """The preflight of a run before engines, from its config."""
+    workers = TeacherWorkerConfig(accept=list(accept))
+    return check_teachers(resolve(teachers, domains, student), ModelConfig(path=student), workers, 64)
+
+
+def file_gates(student: str, teachers: dict[str, TeacherConfig], domains: Iterable[str]) -> list[GateRow]:
+    return teacher_gates(resolve(teachers, domains, student), ModelConfig(path=student), WORKERS, 64)
+
+
+# Models -----------------------------------------------------------------------------------------------------------
+
+
+def fine_tune(start: Path, out: Path, domains: list[str], seed: int, lr: float, steps: int) -> Path:
+    """Plain SFT of ``start`` on demonstrations of ``domains``, 16 a step."""
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    rng = random.Random(seed)
+    for _ in range(steps):
+        rows = []
+        for _ in range(16):
+            world = WORLDS[rng.choice(domains)]
+            task = world.sample(rng)
+            reply = (task.careful if len(domains) == 1 else demonstrate(task, rng))[:1]
+            rows.append(encode_conversation(tokenizer, [{"role": "user", "content": task.prompt}, *reply]))
+        width = max(len(ids) for ids, _ in rows)
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (ids, marked) in enumerate(rows):
+            tokens[i, : len(ids)], mask[i, : len(ids)] = (
+                torch.from_numpy(ids).long(),
+                torch.from_numpy(marked),
+            )
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits[mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(out)
+    for file in start.iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, out / file.name)
+    return out
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    start = tiny_qwen3_moe(folder / "init", seed=0, **SHAPE)
+    return fine_tune(start, folder / "student", list(WORLDS), seed=0, lr=3e-3, steps=150)
+
+
+@pytest.fixture(scope="module")
+def right(student: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Fine-tunings with other seeds, domains, learning rates and lengths; every fifth is saved in bfloat16."""
+    folder, teachers = tmp_path_factory.mktemp("right"), []
+    for seed in range(NUM_RIGHT):
+        out = folder / f"teacher_{seed}"
+        lr, domain = LEARNING_RATES[seed % 5], list(WORLDS)[seed % 4]
+        fine_tune(student, out, [domain], seed=seed, lr=lr, steps=5 + seed)
+        if seed % 5 == 4:
+            edit(out, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
+        teachers.append(out)
+    return teachers
+
+
+@pytest.fixture(scope="module")
+def specialists(student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("specialists")
+    return {d: fine_tune(student, folder / d, [d], seed=1, lr=1e-3, steps=40) for d in WORLDS}
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def sample(student: Path, domain: str, count: int, seed: int = 0) -> list[Rollout]:
+    """Answers of the student at temperature 1 with their exact logprobs."""
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rollouts = []
+    for i in range(count):
+        messages = [{"role": "user", "content": WORLDS[domain].sample(rng).prompt}]
+        prompt_ids = np.array(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), np.int32
+        )
+        tokens, logprobs = prompt_ids.tolist(), [0.0] * len(prompt_ids)
+        while len(tokens) < len(prompt_ids) + MAX_NEW_TOKENS and tokens[-1] != tokenizer.eos_token_id:
+            row = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+            tokens.append(int(torch.multinomial(row.exp(), 1, generator=generator)))
+            logprobs.append(float(row[tokens[-1]]))
+        is_sampled = np.arange(len(tokens)) >= len(prompt_ids)
+        prompt = Prompt(prompt_id=str(i), source="s", domain=domain, messages=messages, token_ids=prompt_ids)
+        turn = Turn(
+            author="policy",
+            token_ids=np.array(tokens, np.int32),
+            loss_mask=is_sampled,
+            rollout_logprobs=np.array(logprobs, np.float32),
+            policy_versions=np.where(is_sampled, 0, -1).astype(np.int32),
+        )
+        ended = tokens[-1] == tokenizer.eos_token_id
+        rollouts.append(
+            Rollout(
+                group_id=str(i),
+                rollout_id=str(i),
+                prompt=prompt,
+                turns=[turn],
+                messages=[],
+                routed_experts=None,
+                finish_reason="stop" if ended else "length",
+                status=RolloutStatus.completed if ended else RolloutStatus.truncated,
+            )
+        )
+    return rollouts
+
+
+@pytest.fixture(scope="module")
+def samples(student: Path) -> dict[str, list[Rollout]]:
+    return {domain: sample(student, domain, 32) for domain in WORLDS}
+
+
+class LocalPool:
+    """The teacher pool's two questions, answered in this process; ``spoil`` changes the scores as a broken back end would."""
+
+    def __init__(
+        self, spoil: Callable[[np.ndarray], np.ndarray] = lambda scores: scores, **paths: Path
+    ) -> None:
+        self.scorers = {d: Scorer(str(path), ModelConfig(), Dtype.float32) for d, path in paths.items()}
+        self.spoil = spoil
+        self.asked: list[tuple[str, int]] = []  # domain, texts
+
+    def score(self, domain: str, groups: list[RolloutGroup]) -> list[TeacherScores]:
+        self.asked.append((domain, sum(len(group.rollouts) for group in groups)))
+        texts = [rollout.token_ids for group in groups for rollout in group.rollouts]
+        scores = self.scorers[domain].score(texts, 256)
+        return [TeacherScores(teacher=domain, logprobs=self.spoil(row.logprobs)) for row in scores]
+
+    def examine(self, domain: str, texts: list[np.ndarray], scores: list[np.ndarray]) -> Examination:
+        return examine(self.scorers[domain].model, texts, scores)
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("posttrain.preflight.ray.get", lambda refs: refs)
+    monkeypatch.setattr("posttrain.preflight.ray.put", lambda value: value)
+    yield
+
+
+def score(
+    pool: Any, samples: dict[str, list[Rollout]], cosine: float | None = 1.0, **own: Any
+) -> dict[Any, GateRow]:
+    """Rows of the gates that need scores, by (domain, gate)."""
+    cfg = own.pop("cfg", WORKERS)
+    given = {domain: own.get(domain, TeacherConfig(path=f"/{domain}")) for domain in samples}
+    teachers = {domain: build(domain, teacher, None) for domain, teacher in given.items()}
+    rows = preflight.score_gates(pool, samples, teachers, cfg, dict.fromkeys(samples, cosine))
+    return {(row.domain, row.gate): row for row in judge(rows, cfg.accept)}
+
+
+# Right ones -------------------------------------------------------------------------------------------------------
+
+
+def test_right_teachers_give_no_alarm(
+    student: Path, right: list[Path], samples: dict[str, list[Rollout]]
+) -> None:
+    teachers = {path.name: TeacherConfig(path=str(path)) for path in right}
+    rows = check_files(str(student), teachers, teachers)
+    assert len(teachers) == 20 and len({row.domain for row in rows}) == 20
+    assert [row.line() for row in rows if row.verdict is not Verdict.ok] == []
+    assert min(row.number for row in rows if row.gate == "foreign" and row.number) > 0.9
+    for seed, path in enumerate(right):
+        domain = list(WORLDS)[seed % 4]
+        found = score(LocalPool(**{domain: path}), {domain: samples[domain]})
+        bad = [
+            row.line() for row in found.values() if row.verdict is not Verdict.ok and row.gate != "lengths"
+        ]
+        assert bad == [], path
+        assert {gate for _, gate in found} == {"scoring", "noise", "initial_kl", "lengths", "cost"}
+
+
+# Wrong ones, from files -------------------------------------------------------------------------------------------
+
+
+def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def longer_vocabulary(folder: Path, student: Path) -> None:
+    edit_json(folder / "tokenizer.json", lambda c: c["model"]["vocab"].update({"\u00e9": 101}))
+
+
+def permuted_vocabulary(folder: Path, student: Path) -> None:
+    edit_json(
+        folder / "tokenizer.json",
+        lambda c: c["model"]["vocab"].update(a=c["model"]["vocab"]["b"], b=c["model"]["vocab"]["a"]),
+    )
+
+
+def other_normalizer(folder: Path, student: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def greedy_mark(folder: Path, student: Path) -> None:
+    edit_json(folder / "tokenizer.json", lambda c: c["added_tokens"][0].update(lstrip=True))
+
+
+def other_end_mark(folder: Path, student: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", lambda c: c.update(eos_token="<|user|>"))
+
+
+def plain_mark(folder: Path, student: Path) -> None:
+    edit_json(folder / "tokenizer.json", lambda c: c["added_tokens"][4].update(special=False))
+
+
+def other_template(folder: Path, student: Path) -> None:
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|assistant|>", "<|assistant|> "))
+
+
+def truncated_shard(folder: Path, student: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def the_student(folder: Path, student: Path) -> None:
+    shutil.copy(student / "model.safetensors", folder / "model.safetensors")
+
+
+def the_student_in_bfloat16(folder: Path, student: Path) -> None:
+    the_student(folder, student)
+    edit(folder, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
+
+
+def nan_layer(folder: Path, student: Path) -> None:
+    edit(folder, lambda t: t["model.layers.1.self_attn.q_proj.weight"].fill_(torch.nan) is None or None)
+
+
+def zeroed_layer(folder: Path, student: Path) -> None:
+    edit(folder, lambda t: t["model.layers.1.self_attn.o_proj.weight"].zero_() is None or None)
+
+
+def constant_layer(folder: Path, student: Path) -> None:
+    edit(folder, lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(0.01) is None or None)
+
+
+def zeroed_rows(folder: Path, student: Path) -> None:
+    edit(folder, lambda t: t["model.layers.0.mlp.up_proj.weight"][:10].zero_() is None or None)
+
+
+def missing_tensor(folder: Path, student: Path) -> None:
+    edit(folder, lambda t: {n: v for n, v in t.items() if n != "model.layers.1.self_attn.v_proj.weight"})
+
+
+def permuted_head(folder: Path, student: Path) -> None:
+    order = torch.randperm(101, generator=torch.Generator().manual_seed(0))
+    edit(folder, lambda t: t | {"lm_head.weight": t["lm_head.weight"][order]})
+
+
+def two_swapped_head_rows(folder: Path, student: Path) -> None:
+    order = torch.arange(101)
+    order[[26, 71]] = order[[71, 26]]  # "4" and "a"
+    edit(folder, lambda t: t | {"lm_head.weight": t["lm_head.weight"][order]})
+
+
+def new_head(folder: Path, student: Path) -> None:
+    generator = torch.Generator().manual_seed(9)
+    edit(folder, lambda t: t | {"lm_head.weight": 0.05 * torch.randn(101, 64, generator=generator)})
+
+
+def temperature_in_the_head(folder: Path, student: Path) -> None:
+    edit(folder, lambda t: t | {"lm_head.weight": t["lm_head.weight"] / 0.7})
+
+
+def temperature_in_the_norm(folder: Path, student: Path) -> None:
+    edit(folder, lambda t: t | {"model.norm.weight": t["model.norm.weight"] / 2})
+
+
+def float8_underflow(folder: Path, student: Path) -> None:
+    edit(
+        folder, lambda t: {n: (v.to(torch.float8_e4m3fn).float() if v.dim() > 1 else v) for n, v in t.items()}
+    )
+
+
+def float16_underflow(folder: Path, student: Path) -> None:
+    """What a cast to float16 leaves of values of 1e-7, which this student would need in one matrix."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit(folder, lambda t: t | {name: (t[name] * 2e-6).half().float() / 2e-6})
+
+
+def float16_overflow(folder: Path, student: Path) -> None:
+    edit(folder, lambda t: {n: (v * 1e6 if "up_proj" in n else v).half() for n, v in t.items()})
+
+
+def clipped(folder: Path, student: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit(folder, lambda t: t | {name: t[name].clamp(-0.05, 0.05)})
+
+
+def foreign_init(folder: Path, student: Path) -> None:
+    other = fine_tune(
+        tiny_qwen3_moe(folder.parent / "other_init", seed=7, **SHAPE), folder.parent / "other", list(WORLDS),
+        seed=0, lr=3e-3, steps=30,
+    )  # fmt: skip
+    shutil.copy(other / "model.safetensors", folder / "model.safetensors")
+
+
+def stale_revision(folder: Path, student: Path) -> None:
+    record = folder / ".cache/huggingface/download/config.json.metadata"
+    record.parent.mkdir(parents=True)
+    record.write_text(f"{'a' * 40}\netag\n1.0\n")
+
+
+WRONG: list[tuple[Callable[[Path, Path], None], str, str]] = [
+    (longer_vocabulary, "vocabulary", "102 tokens against 101"),
+    (permuted_vocabulary, "vocabulary", "'a' has id"),
+    (other_normalizer, "tokenizer", "files differ in normalizer"),
+    (greedy_mark, "tokenizer", "files differ in added_tokens"),
+    (other_end_mark, "special_tokens", "its eos_token is '<|user|>'"),
+    (plain_mark, "special_tokens", "token ids [4] are special in only one"),
+    (other_template, "chat_template", "a format that it never saw"),
+    (truncated_shard, "files", "truncated or damaged"),
+    (the_student, "self_teacher", "byte for byte"),
+    (the_student_in_bfloat16, "self_teacher", "saved in another type"),
+    (nan_layer, "weights", "q_proj.weight holds NaN or infinite values"),
+    (zeroed_layer, "weights", "o_proj.weight is all zero"),
+    (constant_layer, "weights", "up_proj.weight is constant"),
+    (zeroed_rows, "weights", "zeroed in part"),
+    (missing_tensor, "tensors", "1 of the student's tensors are missing (first: model.layers.1.self_attn.v_proj"),
+    (permuted_head, "weights", "lm_head.weight is permuted"),
+    (two_swapped_head_rows, "weights", "token id 26 has the student's row 71"),
+    (new_head, "weights", "lm_head.weight is not the student's"),
+    (temperature_in_the_head, "weights", "a temperature of 0.7 in the weights"),
+    (temperature_in_the_norm, "weights", "a temperature of 2 in the weights"),
+    (float8_underflow, "weights", "a cast to a narrow type"),
+    (float16_underflow, "weights", "flushed small values"),
+    (float16_overflow, "weights", "holds NaN or infinite values"),
+    (clipped, "weights", "clipped it"),
+    (foreign_init, "foreign", "of another origin"),
+    (stale_revision, "revision", f"revision {'b' * 40} was asked for and the folder holds {'a' * 40}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "gate", "words"), WRONG, ids=lambda v: getattr(v, "__name__", None))
+def test_a_wrong_teacher_is_caught_by_its_gate(
+    student: Path,
+    right: list[Path],
+    tmp_path: Path,
+    spoil: Callable[[Path, Path], None],
+    gate: str,
+    words: str,
+) -> None:
+    folder = Path(shutil.copytree(right[1], tmp_path / "teacher"))
+    spoil(folder, student)
+    teachers = {
+        "math": TeacherConfig(path=str(folder), revision="b" * 40 if spoil is stale_revision else None)
+    }
+    rows = judge(file_gates(str(student), teachers, ["math"]), [])
+    red = {row.gate: row for row in rows if row.verdict is Verdict.red}
+    assert list(red) == [gate] and words in red[gate].problem + red[gate].way_out
+    with pytest.raises(UserError) as caught:
+        check_files(str(student), teachers, ["math"])
+    line = str(caught.value)
+    assert line.startswith(f"teachers.math.path={str(folder)!r}: ") and "\n" not in line
+    if gate == "files":
+        assert "accept" not in line
+        return
+    assert line.endswith(f"(accepted by name: teacher_workers.accept=[{gate}])")
+    accepted = {row.gate: row.verdict for row in check_files(str(student), teachers, ["math"], accept=[gate])}
+    assert accepted[gate] is Verdict.accepted
+
+
+def test_a_teacher_of_another_size_is_not_compared(student: Path, tmp_path: Path) -> None:
+    larger = tiny_qwen3_moe(tmp_path / "larger", seed=1, **SHAPE | {"hidden": 128})
+    rows = {r.gate: r for r in check_files(str(student), {"math": TeacherConfig(path=str(larger))}, ["math"])}
+    assert rows["foreign"].verdict is Verdict.warn and rows["foreign"].value == "not comparable"
+    assert rows["tensors"].verdict is rows["weights"].verdict is Verdict.ok
+
+
+def test_self_and_shared_teachers_are_told(student: Path, right: list[Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(right[0], tmp_path / "copy"))
+    paths = {"math": right[0], "code": copy, "tool": student}
+    teachers = {d: TeacherConfig(path=str(p), self=d != "math") for d, p in paths.items()}
+    rows = {(r.domain, r.gate): r for r in check_files(str(student), teachers, teachers)}
+    assert rows["math", "shared"].problem == "the very teacher of code too"
+    assert rows["tool", "self_teacher"].value == "on purpose"
+    assert "it is another model than the student" in rows["code", "self_teacher"].problem
+
+
+def test_equal_ids_in_other_words_pass(student: Path, right: list[Path], tmp_path: Path) -> None:
+    """tokenizer.json may be written otherwise, as versions of the library do."""
+    folder = Path(shutil.copytree(right[0], tmp_path / "teacher"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rows = {r.gate: r for r in check_files(str(student), {"math": TeacherConfig(path=str(folder))}, ["math"])}
+    assert rows["tokenizer"].value.startswith("same ids on")
+
+
+# Wrong ones, from scores ------------------------------------------------------------------------------------------
+
+
+def late(scores: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0.0], scores[:-1]]).astype(np.float32)
+
+
+def early(scores: np.ndarray) -> np.ndarray:
+    return np.concatenate([scores[1:], [0.0]]).astype(np.float32)
+
+
+class OtherTemperature(LocalPool):
+    """A back end that applies a sampling temperature to its logits."""
+
+    def score(self, domain: str, groups: list[RolloutGroup]) -> list[TeacherScores]:
+        scorer = self.scorers[domain]
+        head = scorer.lm_head.weight
+        try:
+            head.div_(0.8)
+            return super().score(domain, groups)
+        finally:
+            head.mul_(0.8)
+
+
+@pytest.mark.parametrize(
+    ("pool_class", "spoil", "words"),
+    [
+        (LocalPool, late, "they are the score of the token before (shifted by one)"),
+        (LocalPool, early, "they are the score of the token after (shifted by one)"),
+        (OtherTemperature, lambda s: s, "they are taken at temperature 0.80 instead of 1"),
+        (LocalPool, lambda s: s - 0.01, "its scores differ from a direct forward by 0.010 nat per token"),
+    ],
+    ids=["late", "early", "temperature", "offset"],
+)
+def test_a_wrong_back_end_is_named(
+    right: list[Path], samples: dict[str, list[Rollout]], pool_class: Any, spoil: Any, words: str
+) -> None:
+    found = score(pool_class(spoil, math=right[3]), {"math": samples["math"]})["math", "scoring"]
+    assert found.verdict is Verdict.red and found.problem.endswith(words), found.problem
+
+
+def test_scores_of_the_own_position_are_named(right: list[Path], samples: dict[str, list[Rollout]]) -> None:
+    """log p(token t | tokens up to t), as a back end gives that forgets to shift its targets."""
+    scorer = Scorer(str(right[3]), ModelConfig(), Dtype.float32)
+    texts = [rollout.token_ids for rollout in samples["math"][:3]]
+    with torch.no_grad():
+        logits = [
+            scorer.model(input_ids=torch.from_numpy(t).long()[None], use_cache=False).logits[0] for t in texts
+        ]
+    wrong = [
+        row.log_softmax(-1).gather(1, torch.from_numpy(ids).long()[:, None])[:, 0].numpy()
+        for row, ids in zip(logits, texts, strict=True)
+    ]
+    found = examine(scorer.model, texts, wrong)
+    assert found.explanation == "read from the token's own position (shifted by one)"
+    exact = examine(scorer.model, texts, [s.logprobs for s in scorer.score(texts, 256)])
+    assert exact.explanation is None and exact.max_abs < 1e-4
+
+
+def test_noise_of_dropout_is_seen(right: list[Path], samples: dict[str, list[Rollout]]) -> None:
+    generator = np.random.default_rng(0)
+    pool = LocalPool(lambda s: s + generator.normal(0, 0.02, len(s)).astype(np.float32), math=right[3])
+    found = score(pool, {"math": samples["math"]}, cfg=TeacherWorkerConfig(accept=["scoring"]))
+    assert found["math", "noise"].verdict is Verdict.red
+    assert found["math", "scoring"].verdict is Verdict.accepted
+
+
+def test_nan_scores_are_red(right: list[Path], samples: dict[str, list[Rollout]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(right[3], tmp_path / "teacher"))
+    edit(
+        folder,
+        lambda t: t["model.embed_tokens.weight"][samples["math"][0].token_ids[3]].fill_(torch.nan) and None,
+    )
+    found = score(LocalPool(math=folder), {"math": samples["math"]})
+    assert list(found) == [("math", "scoring")] and "gave nan for token" in found["math", "scoring"].problem
+
+
+def test_a_foreign_teacher_is_far_on_the_students_samples(
+    student: Path, samples: dict[str, list[Rollout]], tmp_path: Path
+) -> None:
+    start = tiny_qwen3_moe(tmp_path / "init", seed=5, **SHAPE)
+    foreign = fine_tune(start, tmp_path / "foreign", list(WORLDS), seed=0, lr=3e-3, steps=60)
+    pool = LocalPool(math=foreign)
+    math = {"math": samples["math"]}
+    row = score(pool, math, cosine=None)["math", "initial_kl"]
+    assert row.verdict is Verdict.warn and "that of a foreign teacher" in row.problem
+    strict = TeacherWorkerConfig(max_initial_kl=row.number * 0.9)
+    row = score(pool, math, cfg=strict)["math", "initial_kl"]
+    assert row.verdict is Verdict.red and "above teacher_workers.max_initial_kl=" in row.line()
+    with pytest.raises(UserError, match=r"accepted by name: teacher_workers\.accept=\[initial_kl\]"):
+        stop_on_red([row])
+
+
+def test_a_self_teacher_is_at_the_noise_floor(
+    student: Path, samples: dict[str, list[Rollout]], right: list[Path]
+) -> None:
+    own = {"math": TeacherConfig(path="/student", self=True)}
+    row = score(LocalPool(math=student), {"math": samples["math"]}, **own)["math", "initial_kl"]
+    assert row.verdict is Verdict.ok and row.number < 1e-4
+    moved = LocalPool(instruct=right[19])
+    own = {"instruct": own["math"]}
+    far = score(moved, {"instruct": samples["instruct"]}, **own)["instruct", "initial_kl"]
+    assert far.verdict is Verdict.red and "it is the student itself" in far.problem
+
+
+def test_swapped_domains_are_warned_of(
+    specialists: dict[str, Path], samples: dict[str, list[Rollout]]
+) -> None:
+    found = score(LocalPool(**specialists), samples)
+    verdicts = {domain: found[domain, "domain_swap"].verdict for domain in WORLDS}
+    assert set(verdicts.values()) == {Verdict.ok}, [found[d, "domain_swap"].value for d in WORLDS]
+    swapped = specialists | {"math": specialists["code"], "code": specialists["math"]}
+    found = score(LocalPool(**swapped), samples)
+    verdicts = {domain: found[domain, "domain_swap"].verdict for domain in WORLDS}
+    assert verdicts["math"] is verdicts["code"] is Verdict.warn
+    assert "teachers.math and teachers.code are not swapped" in found["math", "domain_swap"].way_out
+
+
+def test_cut_answers_are_warned_of(samples: dict[str, list[Rollout]]) -> None:
+    subject = Subject(domain="math", teacher=Teacher(key="teachers.math", path="/t"))
+    assert preflight.lengths_row(subject, samples["math"]).number > 0
+    cut = [r for r in samples["math"] if r.status is RolloutStatus.truncated]
+    whole = [r for r in samples["math"] if r.status is RolloutStatus.completed]
+    assert whole and preflight.lengths_row(subject, whole).verdict is Verdict.ok
+    for rollout in whole[: len(whole) // 2 + 1]:
+        cut.append(
+            Rollout(
+                **{n: getattr(rollout, n) for n in Rollout.__slots__} | {"status": RolloutStatus.truncated}
+            )
+        )
+    assert "raise rollout.max_new_tokens" in preflight.lengths_row(subject, cut).way_out
+
+
+# The run's side ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_recorded_once_and_red_ones_stop(
+    student: Path, specialists: dict[str, Path], samples: dict[str, list[Rollout]]
+) -> None:
+    teachers = {d: TeacherConfig(path=str(specialists[d])) for d in ("math", "code")}
+    calls: list[tuple[list[GateRow], list[GateRow]]] = []
+    files = check_files(str(student), teachers, teachers)
+    resolved = resolve(teachers, teachers, str(student))
+    checks = preflight.Preflight(files, resolved, WORKERS, lambda new, rows: calls.append((new, list(rows))))
+    pool = LocalPool(**{d: specialists[d] for d in teachers})
+    checks.check(pool, {"math": samples["math"]})
+    checks.check(pool, {"math": samples["math"], "code": []})
+    assert checks.checked == {"math"} and len(calls) == 1 and calls[0][0] == calls[0][1]
+    checks.check(pool, {"code": samples["code"]})
+    new, rows = calls[1]
+    assert {row.domain for row in new} == {"code"} and {row.gate for row in new} >= {"scoring", "domain_swap"}
+    assert len({(row.domain, row.gate) for row in rows}) == len(rows)
+
+    strict = TeacherWorkerConfig(max_initial_kl=1e-6)
+    stopping = preflight.Preflight(files, resolved, strict, lambda new, rows: calls.append((new, rows)))
+    with pytest.raises(UserError, match=r"^teachers\.math\.path=.*max_initial_kl=1e-06"):
+        stopping.check(pool, {"math": samples["math"]})
+    assert len(calls) == 3, "what stops the run is on the disk before"
+
+
+def test_table_and_json(
+    student: Path, right: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from rich.console import Console
+
+    teachers = {"math": TeacherConfig(path=str(right[0])), "code": TeacherConfig(path=str(student))}
+    rows = judge(file_gates(str(student), teachers, teachers), ["self_teacher"])
+    Console(width=200).print(preflight.table(rows))
+    out = capsys.readouterr().out
+    assert "gate" in out and "math" in out and "accepted: is the student" in out and "cosine 1.000" in out
+    assert [line.split(":")[0] for line in preflight.remarks(rows)] == ["accepted self_teacher"]
+    preflight.write(tmp_path, rows)
+    content = json.loads((tmp_path / "preflight.json").read_text())
+    assert {row["gate"] for row in content} >= {"files", "vocabulary", "weights", "foreign"}
+
+
+def test_a_teacher_that_comes_later_is_measured_alone_and_can_go_again(
+    student: Path, specialists: dict[str, Path], right: list[Path], samples: dict[str, list[Rollout]]
+) -> None:
+    """Its rows take the place of the former's; the others are asked for its domain's new texts alone."""
+    both = {d: samples[d] for d in ("math", "code")}
+    given = {d: TeacherConfig(path=str(specialists[d])) for d in both}
+    files = check_files(str(student), given, given)
+    recorded: list[list[GateRow]] = []
+    resolved = resolve(given, given, str(student))
+    checks = preflight.Preflight(files, resolved, WORKERS, lambda new, rows: recorded.append(new))
+    pool = LocalPool(**{d: specialists[d] for d in both})
+    checks.check(pool, both)
+    former = checks.rows_of("math")
+    assert {row.gate for row in former} == {row.gate for row in files}
+
+    new = build("math", TeacherConfig(path=str(right[3])), None)
+    rows = check_files(str(student), {"math": TeacherConfig(path=str(right[3]))}, ["math"])
+    checks.replace("math", new, rows)
+    pool.scorers["math"] = Scorer(str(right[3]), ModelConfig(), Dtype.float32)
+    pool.asked.clear()
+    checks.check(pool, {"math": samples["math"][:8]}, is_start=False)
+    assert pool.asked == [("math", 40), ("math", 20), ("math", 20), ("code", 8)]
+    assert {row.domain for row in recorded[1]} == {"math"}
+    assert {row.path for row in recorded[1]} == {str(right[3])}
+    assert {row.gate for row in recorded[1]} >= {*preflight.SCORED_GATES, "files", "weights", "foreign"}
+
+    checks.replace("math", resolved["math"], former)
+    checks.check(pool, {"math": samples["math"][:8]}, is_start=False)
+    assert {row.path for row in checks.rows if row.domain == "math"} == {str(specialists["math"])}
+    assert len({(row.domain, row.gate) for row in checks.rows}) == len(checks.rows)
+
+
+def test_the_start_model_teaches_a_student_that_has_moved(samples: dict[str, list[Rollout]]) -> None:
+    """A resumed run, or a swap to the start model: only at the start must both agree."""
+    subject = Subject(domain="math", teacher=Teacher(key="teachers.math", path="/s", is_student=True))
+    gaps = np.full(10, -0.5)
+    assert preflight.kl_row(subject, gaps, 2.0, 1.0, is_start=True).verdict is Verdict.red
+    assert preflight.kl_row(subject, gaps, 2.0, 1.0, is_start=False).verdict is Verdict.ok
+    assert preflight.kl_row(subject, 5 * gaps, 2.0, 1.0, is_start=False).verdict is Verdict.red
+
+
+def test_what_cannot_be_measured_is_said() -> None:
+    server = Teacher(key="teachers.math", path="http://h:1", model="m", backend=TeacherBackend.server)
+    large = Teacher(key="teachers.math", path="/large", backend=TeacherBackend.vllm)
+    for teacher, words in ((server, "a server does not tell its weights"), (large, "too large to load")):
+        row = preflight.scoring_row(Subject(domain="math", teacher=teacher), None, Dtype.float32)
+        assert row.verdict is Verdict.unmeasured and row.value.startswith(words)
+        assert preflight.remarks([row]) == [] and "not measured" in preflight._cell(row)
+
+
+def test_every_gate_can_be_accepted_or_has_a_reason_not_to() -> None:
+    assert {*ACCEPTABLE} | {*UNLOADABLE} | {*NEVER_RED} == set(GATES)
+    assert len(ACCEPTABLE) + len(UNLOADABLE) + len(NEVER_RED) == len(GATES)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^teacher_workers\.accept='forein': .*choose among vocabulary"):
+        TeacherWorkerConfig(accept=["forein"])
