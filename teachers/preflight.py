@@ -9,7 +9,7 @@ is a `UserError` naming ``teachers.<domain>.path``. A teacher equal to the stude
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class TokenizerFiles:
 
 def check_files(
     student_path: str,
-    teachers: dict[str, str | None],
+    teachers: Mapping[str, str | None],
     domains: Iterable[str],
     student_revision: str | None = None,
     keys: dict[str, str] | None = None,
@@ -126,7 +126,7 @@ def read_tokenizer(folder: Path, key: str) -> TokenizerFiles:
     )
 
 
-def _check_mapping(teachers: dict[str, str | None], domains: list[str]) -> None:
+def _check_mapping(teachers: Mapping[str, str | None], domains: list[str]) -> None:
     for domain in domains:
         if teachers.get(domain) is None:
             raise UserError(

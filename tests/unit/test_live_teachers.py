@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from posttrain.compose import compose
-from posttrain.config import TeacherConfig, UserError
+from posttrain.config import TeacherBackend, TeacherConfig, UserError
 from posttrain.live_teachers import LiveTeachers, Record
 from posttrain.run_folder import RunFolder
 from posttrain.tracking import Tracker
@@ -24,10 +24,11 @@ class FakePool:
 
     def __init__(self) -> None:
         self.held: dict[str, Teacher] = {}
+        self.asked: tuple[str, int] | None = None  # signal and top_k
         self.broken: set[str] = set()
 
-    def set_teachers(self, teachers: dict[str, Teacher]) -> None:
-        self.held = {}
+    def set_teachers(self, teachers: dict[str, Teacher], signal: str, top_k: int) -> None:
+        self.held, self.asked = {}, (signal, top_k)
         for teacher in teachers.values():
             if Path(teacher.path).name in self.broken:
                 raise UserError(f"{teacher.path} does not load")
@@ -37,12 +38,20 @@ class FakePool:
 class World:
     """A run of two domains in ``root``, as one process sees it; `restart` is the next process."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *overrides: str) -> None:
         self.root = root
         base = [f"model.path={root}/student", f"runs_dir={root}/runs", "name=swap", "tracking.wandb=disabled"]
         sections = [f"teachers.{d}.path={root}/{p}" for d, p in (("math", "a"), ("code", "student"))]
         self.cfg: Any = compose(
-            "mopd", [*base, *sections, "data.path=x", "tracking.console=false", "rollout.max_model_len=64"]
+            "mopd",
+            [
+                *base,
+                *sections,
+                "data.path=x",
+                "tracking.console=false",
+                "rollout.max_model_len=64",
+                *overrides,
+            ],
         )[1]
         self.restart()
 
@@ -51,7 +60,7 @@ class World:
         self.folder = folder.path
         self.pool = FakePool()
         record = Record.read(folder, resolve(self.cfg.teachers, ["math", "code"], self.cfg.model.path))
-        self.pool.set_teachers(record.teachers)
+        self.pool.set_teachers(record.teachers, "sampled", 1)
         tracker = Tracker(folder.path, self.cfg.tracking, "swap", {}, 10)
         self.live = LiveTeachers(self.pool, record, self.cfg, folder, tracker)  # type: ignore[arg-type]
 
@@ -130,6 +139,25 @@ def test_a_teacher_that_does_not_load_leaves_the_former_ones(world: World) -> No
     with pytest.raises(UserError, match=r"could not be loaded: .*/b does not load"):
         world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
     assert world.held == {"math": "a", "code": "student"} and world.live.version == 1
+
+
+def test_a_new_teacher_is_asked_for_the_signal_of_the_run(tmp_path: Path) -> None:
+    for seed, name in enumerate(("student", "a", "b")):
+        tiny_dense(tmp_path / name, seed=seed, num_layers=1, hidden=64)
+    world = World(tmp_path, "algorithm.signal=top_k", "algorithm.top_k=7")
+    accept_all(world)
+    world.live.set_teachers({"math": TeacherConfig(path=f"{tmp_path}/b")}, 2)
+    assert world.pool.asked == ("top_k", 7)
+    world.pool.asked = None
+    assert world.live.take_back("math", 2, UserError("far"))
+    assert world.pool.asked == ("top_k", 7)
+    full = World(tmp_path, "algorithm.signal=full", "name=full")
+    served = TeacherConfig(path=f"{tmp_path}/b", backend=TeacherBackend.vllm)
+    with pytest.raises(
+        UserError, match=r"^algorithm\.signal='full': teachers\.math\.backend=vllm gives sampled"
+    ):
+        full.live.set_teachers({"math": served}, 2)
+    assert full.held == {"math": "a", "code": "student"}
 
 
 def test_weights_that_change_in_place_are_refused(world: World) -> None:
