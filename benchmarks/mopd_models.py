@@ -248,7 +248,7 @@ class Seed:
             file = f"eval/{split}-{fingerprint(path)[:16]}-{'-'.join(domains)}.json"
             if self._read(file) is None:
                 assert self.engines is not None
-                rewards = self.engines.rewards(self.cfg.rewards, DOMAINS)
+                rewards = self.engines.rewards(self.cfg.rewards, self.cfg.reward_workers, DOMAINS)
                 model = replace(self.cfg.model, path=path)
                 rollouts = self.engines.rollouts(self.cfg.rollout, model, self.cfg.environments, self.seed)
                 rollouts.load_checkpoint(path, 1)
