@@ -67,7 +67,8 @@ def difference(
 ) -> Interval:
     """Mean over domains of normalised(model) - normalised(other), paired: one draw of prompts serves all four models."""
     rng = np.random.default_rng(seed)
-    points, draws = [], []
+    points: list[np.ndarray] = []
+    draws: list[np.ndarray] = []
     for domain in sft:
         columns = [_per_prompt(table[domain]) for table in (sft, teacher, model, other)]
         prompts_P4 = np.stack(columns, axis=1)
