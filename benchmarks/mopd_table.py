@@ -142,7 +142,9 @@ def gain_over_tokens(
 ) -> tuple[list[int], list[float]]:
     """Sampled tokens, and the share of the teachers' gain at that point, mean over domains."""
     sft, teachers = (cells[row, line["seed"]]["accuracy"] for row in ("sft", "teachers"))
-    shares = [(np.array(line["curve"]["accuracy"][d]) - sft[d]) / (teachers[d] - sft[d]) for d in DOMAINS]
+    with np.errstate(divide="ignore", invalid="ignore"):  # without a gain there is no share
+        gains = {d: np.float64(teachers[d] - sft[d]) for d in DOMAINS}
+        shares = [(np.array(line["curve"]["accuracy"][d]) - sft[d]) / gains[d] for d in DOMAINS]
     return line["curve"]["tokens"], list(map(float, np.mean(shares, axis=0)))
 
 
