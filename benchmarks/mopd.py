@@ -21,7 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.mopd_models import SIZES, Models, Seed
 from benchmarks.mopd_table import DOMAINS, show
-from posttrain.config import PipelineRun, PolicyAlgorithm
+from posttrain.config import PipelineRun
 from posttrain.engines import Engines
 from posttrain.manifest import code_revision
 from posttrain.report.bootstrap import normalised
@@ -41,6 +41,13 @@ from posttrain.tracking.jsonl import read_jsonl
 RESULTS = Path(__file__).parent / "results" / "mopd.jsonl"
 RATES = (2e-4, 3e-4, 5e-4)
 RL_RATES = (1e-4, 2e-4, 4e-4)
+# As many answers a step as the student without the outcome term, in groups of 8 as in RL.
+ORM = (
+    "mopd.algorithm.alpha=1",
+    "mopd.algorithm.loss=ppo_clip",
+    "mopd.algorithm.group_size=8",
+    "mopd.algorithm.prompts_per_step=16",
+)
 
 # Rows -----------------------------------------------------------------------------------------------------------
 
@@ -56,11 +63,10 @@ class Row:
     every_seed: bool = False  # chosen with every seed
     core: bool = False
     rounds: float = 1.0  # of work, in the student's steps, for the estimate of time
-    needs: str | None = None  # field of PolicyAlgorithm without which the row is left out
 
 
-def _mopd(*overrides: str, needs: str | None = None, name: str = "mopd", core: bool = False) -> Row:
-    return Row(name=name, make=lambda s, lr: s.student(lr, *overrides), grid=RATES, core=core, needs=needs)
+def _mopd(*overrides: str, name: str = "mopd", core: bool = False) -> Row:
+    return Row(name=name, make=lambda s, lr: s.student(lr, *overrides), grid=RATES, core=core)
 
 
 def _budget(s: Seed, teachers: bool = False) -> float:
@@ -84,8 +90,10 @@ ROWS = {
         _mopd(core=True),
         _mopd("mopd.algorithm.aggregation=token_mean", name="mopd_token_mean"),
         _mopd("mopd.algorithm.aggregation=token_mean_balanced", name="mopd_balanced"),
-        _mopd("mopd.algorithm.signal=top_k", name="mopd_top_k", needs="signal"),
-        _mopd("mopd.algorithm.signal=full", name="mopd_full", needs="signal"),
+        _mopd("mopd.algorithm.signal=top_k", name="mopd_top_k"),
+        _mopd("mopd.algorithm.signal=top_k_renorm", name="mopd_top_k_renorm"),
+        _mopd("mopd.algorithm.signal=full", name="mopd_full"),
+        _mopd(*ORM, name="mopd_orm"),
         Row(name="mix_rl", make=lambda s, lr: s.mixed(lr, "mix_rl", _budget(s)), grid=RL_RATES, core=True),
         Row(
             name="mix_rl_all",
@@ -175,6 +183,7 @@ def measure(row: Row, s: Seed) -> dict[str, Any]:
         "accuracy": {d: round(float(a.mean()), 4) for d, a in scores.sampled.items()},
         "accuracy_greedy": {d: round(float(a.mean()), 4) for d, a in (scores.greedy or {}).items()},
         "normalised": {d: i.value for d, i in shares.items()} | {"mean": mean.value},
+        **(s.course(own[0]) if len(own) == 1 else {}),
         "per_prompt": {d: [round(float(v), 4) for v in a.mean(axis=1)] for d, a in scores.sampled.items()},
     }
 
@@ -231,10 +240,6 @@ def run(args: argparse.Namespace, rows: list[Row], results: Path) -> None:
             )
 
 
-def available(row: Row) -> bool:
-    return row.needs is None or row.needs in {field.name for field in fields(PolicyAlgorithm)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -255,10 +260,7 @@ def main() -> None:
     results = args.results or (args.work / "mopd.jsonl" if args.quick else RESULTS)
     if not args.table:
         names = args.rows or [name for name, row in ROWS.items() if row.core or not args.core]
-        for name in names:
-            if not available(ROWS[name]):
-                print(f"{name}: left out, this version has no algorithm.{ROWS[name].needs}")
-        run(args, [ROWS[name] for name in names if available(ROWS[name])], results)
+        run(args, [ROWS[name] for name in names], results)
     if not results.exists():
         sys.exit(f"{results}: no results yet; start without --table")
     show(results)

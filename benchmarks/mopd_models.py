@@ -54,6 +54,7 @@ QUICK = [
 ]
 SIZES = {"num_sft": 32_000, "num_prompts": 2_000, "num_valid": 300, "num_heldout": 1_000}
 QUICK_SIZES = {"num_sft": 640, "num_prompts": 32, "num_valid": 8, "num_heldout": 16}
+CURVE = {"every_steps": 10, "num_prompts": 200}  # held-out accuracy on the way; it leaves training as it is
 SFT_EPOCHS = 2  # over the teachers' answers, off-policy
 
 Models = dict[str, str]  # domain -> the checkpoint that answers its prompts
@@ -128,15 +129,19 @@ class Seed:
         return found
 
     def student(self, lr: float, *overrides: str) -> str:
-        run = pipeline.mopd_config(self.configuration(*overrides), self.sft(), self.teachers())
+        cfg = self.configuration(*overrides)
+        run = self.watched(pipeline.mopd_config(cfg, self.sft(), self.teachers()))
         tags = [o.rpartition("=")[2] for o in overrides]
         return self.train(mopd, run, "-".join(["mopd", *tags, f"{lr:g}"]), lr)
+
+    def watched(self, run: Any) -> Any:
+        return replace(run, eval=replace(run.eval, **CURVE, **({"num_prompts": 8} if self.quick else {})))
 
     def mixed(self, lr: float, name: str, tokens: float) -> str:
         """RL on all domains at once, for as many steps as ``tokens`` pay for."""
         lengths = self.answer_lengths()
         num_steps = self.num_steps(tokens, float(np.mean([lengths[d] for d in DOMAINS])))
-        run = replace(pipeline.rl_config(self.cfg, DOMAINS[0], self.sft()), domain=None)
+        run = self.watched(replace(pipeline.rl_config(self.cfg, DOMAINS[0], self.sft()), domain=None))
         return self.train(rl, run, f"{name}-{lr:g}", lr, steps=num_steps)
 
     def cascade(self, lr: float, tokens: float) -> str:
@@ -214,6 +219,29 @@ class Seed:
         steps = self.folder / name / "metrics.jsonl"
         return sum(row.get("tokens/all", 0.0) for row in read_jsonl(steps)) if steps.exists() else 0.0
 
+    def course(self, name: str) -> dict[str, Any]:
+        """What the metrics of a run say on the way: held-out accuracy over sampled tokens, and shares of the domains,
+        averaged over the steps. Empty where the run was not watched."""
+        file = self.folder / name / "metrics.jsonl"
+        rows = read_jsonl(file) if file.exists() else []
+        tokens = np.cumsum([row.get("tokens/all", 0.0) for row in rows])
+        seen = [(t, row) for t, row in zip(tokens, rows, strict=True) if "eval/all" in row]
+        if not seen:
+            return {}
+        curve = {d: [round(row[f"eval/{d}"], 4) for _, row in seen] for d in DOMAINS}
+        found: dict[str, Any] = {"curve": {"tokens": [round(t) for t, _ in seen], "accuracy": curve}}
+        steps = [row for row in rows if row["step"] > 0]
+        for kind in ("tokens", "gradient", "weight"):
+            shares = {d: [row.get(f"share/{kind}/{d}", 0.0) for row in steps] for d in DOMAINS}
+            found[f"share_{kind}"] = {d: round(float(np.mean(v)), 4) for d, v in shares.items()}
+        errors = [
+            abs(row[f"share/weight/{d}"] - row[f"share/target/{d}"])
+            for row in steps
+            for d in DOMAINS
+            if f"share/target/{d}" in row
+        ]
+        return found | ({"target_error": max(errors)} if errors else {})
+
     def budget(self, lr: float, teachers: bool = False) -> float:
         """Sampled tokens of the student of MOPD, with those of its teachers."""
         with self.aside():
@@ -248,7 +276,7 @@ class Seed:
             file = f"eval/{split}-{fingerprint(path)[:16]}-{'-'.join(domains)}.json"
             if self._read(file) is None:
                 assert self.engines is not None
-                rewards = self.engines.rewards(self.cfg.rewards, DOMAINS)
+                rewards = self.engines.rewards(self.cfg.rewards, self.cfg.reward_workers, DOMAINS)
                 model = replace(self.cfg.model, path=path)
                 rollouts = self.engines.rollouts(self.cfg.rollout, model, self.cfg.environments, self.seed)
                 rollouts.load_checkpoint(path, 1)

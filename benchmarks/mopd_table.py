@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from examples.tiny.domains import WORLDS
-from posttrain.report.bootstrap import normalised
+from posttrain.report.bootstrap import Interval, difference, normalised
 from posttrain.tracking.jsonl import read_jsonl
 
 DOMAINS = list(WORLDS)
@@ -21,7 +21,9 @@ LABELS = {
     "mopd_token_mean": "MOPD, token_mean",
     "mopd_balanced": "MOPD, token_mean_balanced",
     "mopd_top_k": "MOPD, top_k signal",
+    "mopd_top_k_renorm": "MOPD, top_k renormalised",
     "mopd_full": "MOPD, full signal",
+    "mopd_orm": "MOPD with outcome reward",
     "mix_rl": "Mix-RL, student's tokens",
     "mix_rl_all": "Mix-RL, teachers' tokens too",
     "cascade": "cascade RL",
@@ -36,7 +38,7 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per row over its seeds: mean accuracies, share of gain with its interval, tokens.
 
     The interval is a paired bootstrap over held-out prompts, with every (seed, domain) resampled by itself; ``spread``
-    is the standard deviation of the share over seeds.
+    is the standard deviation of the share over seeds; ``ahead`` is the share of MOPD minus that of the row, paired.
     """
     cells = {(line["row"], line["seed"]): line for line in lines}
     table = []
@@ -49,11 +51,23 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {f"{s}/{d}": np.array(cells[row, s]["per_prompt"][d]) for s in seeds for d in DOMAINS}
             for row in ("sft", "teachers", name)
         ]
+        ahead = None
+        if name != "mopd" and all(("mopd", s) in cells for s in seeds):
+            student = {
+                f"{s}/{d}": np.array(cells["mopd", s]["per_prompt"][d]) for s in seeds for d in DOMAINS
+            }
+            ahead = difference(arrays[0], arrays[1], student, arrays[2], seed=0)
         shares = [line["normalised"]["mean"] for line in own]
         entry: dict[str, Any] = {"row": name, "seeds": seeds}
         entry["accuracy"] = {d: float(np.mean([line["accuracy"][d] for line in own])) for d in DOMAINS}
         entry["greedy"] = float(np.mean([np.mean(list(line["accuracy_greedy"].values())) for line in own]))
-        entry["share"] = normalised(arrays[0], arrays[1], arrays[2], seed=0)[1]
+        by_cell, entry["share"] = normalised(arrays[0], arrays[1], arrays[2], seed=0)
+        entry["ahead"] = ahead
+        own_shares = {d: [by_cell[f"{s}/{d}"].value for s in seeds] for d in DOMAINS}
+        entry["domain_share"] = {
+            d: None if None in v else float(np.mean([x for x in v if x is not None]))
+            for d, v in own_shares.items()
+        }
         known = [share for share in shares if share is not None]
         entry["spread"] = float(np.std(known, ddof=1)) if len(known) > 1 else None
         for key in ("tokens", "tokens_teachers", "wall_s"):
@@ -64,20 +78,85 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_table(table: list[dict[str, Any]]) -> None:
     print(
-        "Accuracy on held-out prompts at temperature 1, %; share of gain = (row - SFT) / (teacher - SFT) [95 %]"
+        "Accuracy on held-out prompts at temperature 1, %; share of gain = (row - SFT) / (teacher - SFT) [95 %]; least:"
+        " that of the worst domain; MOPD - row: paired difference of the shares [95 %]"
     )
     header = "".join(f"{d:>9}" for d in [*DOMAINS, "mean", "greedy"])
-    print(f"{'':<30}{header}   share of gain          sd  Mtokens (+ teachers')   wall s  seeds")
+    print(
+        f"{'':<30}{header}   share of gain          sd   least  MOPD - row             Mtokens (+ teachers')"
+        "   wall s  seeds"
+    )
     for entry in table:
         values = list(entry["accuracy"].values())
         numbers = "".join(f"{100 * v:9.1f}" for v in [*values, np.mean(values), entry["greedy"]])
-        share, spread = entry["share"], entry["spread"]
-        value = "    -" if share.value is None else f"{share.value:5.2f}"
+        shares = [v for v in entry["domain_share"].values() if v is not None]
+        least = min(shares) if len(shares) == len(DOMAINS) else None
+        spread = "    -" if entry["spread"] is None else f"{entry['spread']:5.2f}"
         print(
-            f"{LABELS[entry['row']]:<30}{numbers}   {value} [{share.low:.2f}, {share.high:.2f}]"
-            f"{'     -' if spread is None else f'  {spread:.2f}'}  {entry['tokens'] / 1e6:6.2f}"
-            f" (+ {entry['tokens_teachers'] / 1e6:.2f}){entry['wall_s']:14.0f}  {len(entry['seeds'])}"
+            f"{LABELS[entry['row']]:<30}{numbers}   {_interval(entry['share']):<20} {spread}  "
+            f"{'    -' if least is None else f'{least:5.2f}'}   {_interval(entry['ahead']):<20} "
+            f"{entry['tokens'] / 1e6:6.2f} (+ {entry['tokens_teachers'] / 1e6:.2f}){entry['wall_s']:14.0f}"
+            f"  {len(entry['seeds'])}"
         )
+
+
+def _interval(found: Interval | None) -> str:
+    if found is None:
+        return "    -"
+    value = "    -" if found.value is None else f"{found.value:5.2f}"
+    return f"{value} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def print_course(lines: list[dict[str, Any]], level: float = 0.9) -> None:
+    """Figure 6 of the report in miniature, and who gets the tokens and the gradient, of rows that were watched."""
+    cells = {(line["row"], line["seed"]): line for line in lines}
+    shortest = "instruct"
+    print(
+        f"\nOn the way: sampled tokens to {level:.0%} of the gain (mean over domains); shares of tokens and gradient of"
+        f" {shortest}, the domain of the shortest answers; share of its gain"
+    )
+    for name, label in LABELS.items():
+        own = [line for line in lines if line["row"] == name and "curve" in line]
+        own = [line for line in own if all((row, line["seed"]) in cells for row in ("sft", "teachers"))]
+        if not own:
+            continue
+        reached = [tokens_to(level, *gain_over_tokens(line, cells)) for line in own]
+        found = [tokens for tokens in reached if tokens is not None]
+        text = (
+            f"{np.mean(found) / 1e3:7.0f} k"
+            if len(found) == len(own)
+            else f"{len(found)} of {len(own)} reach it"
+        )
+        share = [line["normalised"][shortest] for line in own]
+        errors = [line["target_error"] for line in own if "target_error" in line]
+        print(
+            f"{label:<30}{text:>16}   tokens {np.mean([line['share_tokens'][shortest] for line in own]):.3f}"
+            f"   gradient {np.mean([line['share_gradient'][shortest] for line in own]):.3f}"
+            f"   gain {'-' if None in share else f'{np.mean(share):.2f}'}"
+            + (f"   largest |weight share - target| {max(errors):.1e}" if errors else "")
+        )
+
+
+def gain_over_tokens(
+    line: dict[str, Any], cells: dict[tuple[str, int], dict[str, Any]]
+) -> tuple[list[int], list[float]]:
+    """Sampled tokens, and the share of the teachers' gain at that point, mean over domains."""
+    sft, teachers = (cells[row, line["seed"]]["accuracy"] for row in ("sft", "teachers"))
+    with np.errstate(divide="ignore", invalid="ignore"):  # without a gain there is no share
+        gains = {d: np.float64(teachers[d] - sft[d]) for d in DOMAINS}
+        shares = [(np.array(line["curve"]["accuracy"][d]) - sft[d]) / gains[d] for d in DOMAINS]
+    return line["curve"]["tokens"], list(map(float, np.mean(shares, axis=0)))
+
+
+def tokens_to(level: float, tokens: list[int], shares: list[float]) -> float | None:
+    """Tokens at which the polyline first reaches ``level``; None if it does not."""
+    for i, share in enumerate(shares):
+        if share >= level:
+            if i == 0:
+                return float(tokens[0])
+            part = (level - shares[i - 1]) / (share - shares[i - 1])
+            return tokens[i - 1] + part * (tokens[i] - tokens[i - 1])
+    return None
 
 
 def draw(path: Path, table: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
@@ -114,10 +193,52 @@ def draw(path: Path, table: list[dict[str, Any]], lines: list[dict[str, Any]]) -
     pyplot.close(figure)
 
 
+def draw_course(path: Path, lines: list[dict[str, Any]]) -> bool:
+    """Share of gain over sampled tokens: MOPD, with outcome reward, outcome reward alone; and of the shortest domain
+    under the three aggregations. False when no row was watched."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = {(line["row"], line["seed"]): line for line in lines}
+    watched = [line for line in lines if "curve" in line and ("teachers", line["seed"]) in cells]
+    if not watched:
+        return False
+    panels: dict[str, list[str]] = {
+        "mean of all domains": ["mopd", "mopd_orm", "mix_rl_all", "mix_rl"],
+        "instruct, the shortest answers": ["mopd", "mopd_token_mean", "mopd_balanced"],
+    }
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
+    for axes, (title, names) in zip(both, panels.items(), strict=True):
+        for color, name in zip(("#e2702b", "#5b7bb4", "#4a8f5c", "#8a6fb0"), names, strict=False):
+            for number, line in enumerate(w for w in watched if w["row"] == name):
+                tokens, shares = gain_over_tokens(line, cells)
+                if title.startswith("instruct"):
+                    sft, own = (
+                        cells[row, line["seed"]]["accuracy"]["instruct"] for row in ("sft", "teachers")
+                    )
+                    shares = [(a - sft) / (own - sft) for a in line["curve"]["accuracy"]["instruct"]]
+                label = LABELS[name] if number == 0 else None
+                axes.plot(np.array(tokens) / 1e3, shares, color=color, linewidth=1.3, alpha=0.8, label=label)
+        axes.axhline(0.9, color="#c3c8d1", linewidth=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("sampled tokens, thousands")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    both[0].set_ylabel("share of the teachers' gain")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
 def show(results: Path) -> None:
     """Table and picture from the lines alone; of a cell that is there twice the later one counts."""
     lines = list({(line["row"], line["seed"]): line for line in read_jsonl(results)}.values())
     table = summarise(lines)
     print_table(table)
+    print_course(lines)
+    if draw_course(results.with_name(results.stem + "_course.png"), lines):
+        print(f"picture: {results.with_name(results.stem + '_course.png')}")
     draw(results.with_suffix(".png"), table, lines)
     print(f"picture: {results.with_suffix('.png')}")

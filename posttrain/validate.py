@@ -96,9 +96,9 @@ def validate(cfg: RunConfig) -> Report:
         _check_targets(cfg, report)
     for key, algorithm in _algorithms_of(cfg):
         _check_teacher_term(key, algorithm, report.model, isinstance(cfg, RLRun) or key.startswith("rl."))
+    _check_step_eval(cfg, report)  # asks no server
     if isinstance(cfg, MOPDRun | PipelineRun):
         report.teachers = _check_teachers(cfg, report)
-    _check_step_eval(cfg)
     return report
 
 
@@ -419,7 +419,7 @@ def _check_targets(cfg: PolicyRun | PipelineRun | EvalRun | SampleRun, report: R
     )
 
 
-def _check_step_eval(cfg: RunConfig) -> None:
+def _check_step_eval(cfg: RunConfig, report: Report) -> None:
     """Evaluation while a policy trains: rewards to score with, and teachers that the student's engines can hold."""
     if isinstance(cfg, PipelineRun):
         policies = {"rl.eval": (cfg.rl.eval, cfg.rewards), "mopd.eval": (cfg.mopd.eval, cfg.rewards)}
@@ -441,21 +441,20 @@ def _check_step_eval(cfg: RunConfig) -> None:
             step_eval.teachers,
             "only MOPD with eval.every_steps > 0 has teachers to evaluate; leave it at false",
         )
-    if isinstance(cfg, MOPDRun) and cfg.eval.teachers:
+    if isinstance(cfg, MOPDRun) and cfg.eval.teachers and cfg.algorithm.beta != 0:
         student = _architecture(cfg.model.path, "model.path", cfg.model.revision)
-        for domain, teacher in cfg.teachers.items():
+        for teacher in resolve(cfg.teachers, report.num_prompts, cfg.model.path, cfg.domain).values():
             require(
                 teacher.backend is not TeacherBackend.server and teacher.adapter is None,
                 "eval.teachers",
                 True,
-                f"teachers.{domain} is no whole checkpoint, which the student's engines could load; set it to false",
+                f"{teacher.key} is no whole checkpoint, which the student's engines could load; set it to false",
             )
             require(
-                teacher.path is None
-                or _architecture(teacher.path, f"teachers.{domain}.path", teacher.revision) == student,
+                _architecture(teacher.path, f"{teacher.key}.path", teacher.revision) == student,
                 "eval.teachers",
                 True,
-                f"teachers.{domain}.path has another shape than the student, whose engines evaluate it; set it to false",
+                f"{teacher.key}.path has another shape than the student, whose engines evaluate it; set it to false",
             )
 
 
@@ -508,6 +507,12 @@ def _check_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[GateRow]
             f"no prompt belongs to domain {name!r}; there are {', '.join(sorted(report.num_prompts))}"
             if name != DEFAULT
             else "every domain has a teacher of its own; remove it",
+        )
+        require(
+            name != DEFAULT or teacher.path is not None or teacher.train is TeacherTraining.none,
+            f"teachers.{name}.train",
+            teacher.train.value,
+            f"only a model that is there serves several domains; give teachers.{name}.path=DIR, or each domain its own",
         )
     for domain in report.num_prompts:
         name, teacher = owner[domain], cfg.teachers[owner[domain]]

@@ -68,6 +68,8 @@ class Adapters:
                     self._peft = PeftModel(self._model, config, adapter_name=name)
                 else:
                     self._peft.add_adapter(name, config)
+                # PEFT reads the model by way of this name, and lets that of a deleted adapter stand there.
+                self._peft.active_adapter = name
                 device = str(next(self._model.parameters()).device)
                 result = self._peft.load_adapter(folder, name, torch_device=device)
         except Exception as error:

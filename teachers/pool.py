@@ -58,6 +58,8 @@ class TeacherPool:
         self._teachers: dict[str, Teacher] = {}  # key -> what is loaded
         self._places: dict[str, list[_Worker]] = {}  # key of the base -> workers that hold it
         self._signal, self._top_k = "sampled", 64
+        # Hash of an LM head -> its number, for good: scores with that number outlive a swap.
+        self._numbers: dict[str, int] = {}
         self._head_ids: dict[str, int] = {}  # key -> number of its LM head; signal full
         self.heads: dict[int, ray.ObjectRef] = {}  # number -> reference to the LM head [V, H]
 
@@ -118,13 +120,16 @@ class TeacherPool:
         return [{"worker": i, **row} for i, row in enumerate(rows)]
 
     def _number_heads(self, held: list[dict[str, str]]) -> None:
-        """``held`` is key -> hash of the head, by worker. Fetches each head once."""
+        """``held`` is key -> hash of the head, by worker. Fetches each new head once."""
         hashes = {key: digest for part in held for key, digest in part.items()}
-        numbers = {digest: number for number, digest in enumerate(sorted(set(hashes.values())))}
-        self._head_ids = {key: numbers[digest] for key, digest in hashes.items()}
+        for digest in sorted(set(hashes.values())):
+            self._numbers.setdefault(digest, len(self._numbers))
+        self._head_ids = {key: self._numbers[digest] for key, digest in hashes.items()}
         sources = {number: key for key, number in self._head_ids.items()}
         self.heads = {
-            number: self._places[base_of(key)][0].actor.head.remote(key, self._teachers[key])
+            number: self.heads[number]
+            if number in self.heads
+            else self._places[base_of(key)][0].actor.head.remote(key, self._teachers[key])
             for number, key in sources.items()
         }
 

@@ -1,10 +1,14 @@
 """One frozen checkpoint in this process: what it says of given tokens, by a prefill-only Transformers forward.
 
 Owns batching, padding and the chunked vocabulary softmax. Gives every signal of `teachers.backend`. The teacher always
-routes by itself: nothing here takes routes. Refuses checkpoints with absent weights, heads that do more than a matrix product, and non-finite scores.
+routes by itself: nothing here takes routes. Refuses checkpoints with absent weights, heads that do more than a matrix
+product, and non-finite scores.
 """
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,11 +84,11 @@ class Scorer:
 
     def head(self) -> torch.Tensor:
         """[V, H], or [V, H + 1] with the bias as the last column, which meets a 1 in `TokenScores.hidden`."""
-        weight, bias = self.lm_head.weight, self.lm_head.bias
-        for name in getattr(self.lm_head, "active_adapters", ()):  # LoRA on the head itself
-            if not self.lm_head.disable_adapters and name in self.lm_head.lora_A:
-                weight = weight + self.lm_head.get_delta_weight(name)
-        return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+        head: Any = self.lm_head
+        if hasattr(head, "merge") and not head.disable_adapters:  # LoRA on the head itself
+            head = copy.deepcopy(head)
+            head.merge()
+        return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
 
     @torch.no_grad()
     def _forward(

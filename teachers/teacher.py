@@ -47,7 +47,8 @@ def resolve(
     """
     domains = sorted(d for d in set(domains) if only in (None, d))
     if only is not None:
-        teachers = {name: teacher for name, teacher in teachers.items() if name in (only, DEFAULT)}
+        owner = only if only in teachers else DEFAULT
+        teachers = {name: teacher for name, teacher in teachers.items() if name == owner}
     for name, teacher in teachers.items():
         if name not in domains and (name != DEFAULT or all(domain in teachers for domain in domains)):
             what = (

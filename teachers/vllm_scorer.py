@@ -81,16 +81,17 @@ class VllmScorer:
         self._key = key
         try:  # someone else's checkpoint, and vLLM raises half a dozen types for what it cannot do
             self._vllm = LLMEngine.from_engine_args(EngineArgs(**options))
+            self._vllm.collective_rpc(use_float32_products)
+            config = self._vllm.vllm_config.model_config
+            self.vocab_size: int = config.get_vocab_size()
+            self.max_tokens: int = config.max_model_len - 1
+            self.score([np.zeros(2, np.int32)], 0)  # what attention cannot compute shows in the first forward
         except Exception as error:
             reason = " ".join(str(error).split())[:400] or type(error).__name__
             raise UserError(
                 f"{key}.path={path!r}: vLLM cannot hold it ({reason}); mend teacher_workers.vllm or"
                 f" teacher_workers.dtype, or set {key}.backend=transformers"
             ) from error
-        self._vllm.collective_rpc(use_float32_products)
-        config = self._vllm.vllm_config.model_config
-        self.vocab_size: int = config.get_vocab_size()
-        self.max_tokens: int = config.max_model_len - 1
 
     def head(self) -> None:
         """An engine gives no LM head."""

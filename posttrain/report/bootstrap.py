@@ -46,7 +46,7 @@ def normalised(
             f"{domain}: models were evaluated on different prompts"
         )
         prompts_P3 = np.stack(columns, axis=1)
-        draws.append(_draw(prompts_P3, rng, num_draws))
+        draws.append(_ratio(_means(prompts_P3, rng, num_draws)))
         value = float(_ratio(prompts_P3.mean(axis=0)[None])[0])
         values[domain] = _interval(value, draws[-1])
     points = [interval.value for interval in values.values()]
@@ -55,6 +55,30 @@ def normalised(
     )
     with np.errstate(invalid="ignore"):
         return values, _interval(mean, np.mean(draws, axis=0))
+
+
+def difference(
+    sft: dict[str, np.ndarray],
+    teacher: dict[str, np.ndarray],
+    model: dict[str, np.ndarray],
+    other: dict[str, np.ndarray],
+    seed: int,
+    num_draws: int = NUM_DRAWS,
+) -> Interval:
+    """Mean over domains of normalised(model) - normalised(other), paired: one draw of prompts serves all four models."""
+    rng = np.random.default_rng(seed)
+    points: list[np.ndarray] = []
+    draws: list[np.ndarray] = []
+    for domain in sft:
+        columns = [_per_prompt(table[domain]) for table in (sft, teacher, model, other)]
+        prompts_P4 = np.stack(columns, axis=1)
+        for means_D4, found in (
+            (prompts_P4.mean(axis=0)[None], points),
+            (_means(prompts_P4, rng, num_draws), draws),
+        ):
+            with np.errstate(invalid="ignore"):
+                found.append(_ratio(means_D4[:, [0, 1, 2]]) - _ratio(means_D4[:, [0, 1, 3]]))
+    return _interval(float(np.mean(points)), np.mean(draws, axis=0))
 
 
 def standard_error(rewards: np.ndarray) -> float:
@@ -67,14 +91,14 @@ def _per_prompt(rewards: np.ndarray) -> np.ndarray:
     return rewards.mean(axis=1) if rewards.ndim == 2 else np.asarray(rewards, dtype=np.float64)
 
 
-def _draw(prompts_P3: np.ndarray, rng: np.random.Generator, num_draws: int) -> np.ndarray:
-    """[num_draws] normalised values of resampled prompts."""
-    num_prompts = len(prompts_P3)
+def _means(prompts_PK: np.ndarray, rng: np.random.Generator, num_draws: int) -> np.ndarray:
+    """[num_draws, K] means over resampled prompts."""
+    num_prompts = len(prompts_PK)
     parts = []
     for start in range(0, num_draws, CHUNK_DRAWS):
         size = min(CHUNK_DRAWS, num_draws - start)
         chosen = rng.integers(num_prompts, size=(size, num_prompts), dtype=np.int32)
-        parts.append(_ratio(prompts_P3[chosen].mean(axis=1)))
+        parts.append(prompts_PK[chosen].mean(axis=1))
     return np.concatenate(parts)
 
 

@@ -162,7 +162,8 @@ def test_outcome_beside_the_teachers_with_balanced_domains(user: Path) -> None:
     """alpha > 0 with a clipped loss, two updates on a batch, shares that follow the gaps, and every clip's own share."""
     posttrain(
         user, "mopd", "model.path=runs/sft/model", "data.path=prompts.jsonl", "algorithm.steps=4", "name=mixed",
-        "teachers.math.path=runs/rl/model", "teachers.code.path=runs/sft/model", "algorithm.prompts_per_step=16",
+        "teachers.math.path=runs/rl/model", "teachers.code.path=runs/sft/model", "teachers.code.self=true",
+        "algorithm.prompts_per_step=16",
         "algorithm.alpha=0.5", "algorithm.group_size=4", "rewards._target_=my_module.VowelReward", "algorithm.loss=gspo",
         "algorithm.updates_per_batch=2", "algorithm.aggregation=token_mean_balanced", "algorithm.gap_following=true",
         "algorithm.target_shares={math: 0.5, code: 0.5}", "algorithm.overlong=shape", "learner.lr=1e-3",

@@ -26,6 +26,7 @@ from posttrain.config import Dtype, ModelConfig, TeacherBackend, TeacherWorkerCo
 from posttrain.records import RolloutStatus
 from posttrain.tracking.jsonl import read_jsonl
 from teachers.check import check_teachers
+from teachers.gates import Verdict
 from teachers.pool import TeacherPool
 from teachers.scorer import Scorer
 from teachers.server import ServerScorer
@@ -95,6 +96,10 @@ def test_vllm_gives_the_same_numbers(
             f"\n{model} {dtype.value}: mean {found.mean():.2e} max {found.max():.2e} of {found.size} tokens"
         )
         assert found.mean() < MEAN_BARS[dtype]
+    # The direct forward of the preflight has a process of its own, which knows nothing of vLLM.
+    texts = [i for i, text in enumerate(ids) if len(text) > 50]
+    found = pool.examine("math", [ids[i] for i in texts], [scores[1 + i].logprobs for i in texts])
+    assert found is not None and found.num_tokens > 100 and found.mean_abs < MEAN_BARS[dtype]
     # Swapping the engine for another one ends it; the shared worker goes on.
     if model == "qwen" and dtype is Dtype.float32:
         rows = pool.set_teachers({"math": Teacher(key="teachers.math", path=models["qwen"])})
@@ -189,8 +194,11 @@ def test_a_vllm_server_gives_the_same_numbers(
     cfg = TeacherWorkerConfig(api_key_env="TEACHER_KEY", server_retries=1)
     with vllm_server(models["qwen"], Dtype.float32, tmp_path / "server.log") as url:
         teacher = Teacher(key="teachers.math", path=url, backend=TeacherBackend.server, model="teacher")
-        [row] = check_teachers({"math": teacher}, ModelConfig(path=models["qwen"]), cfg, 255)
-        assert row["result"] == "ok"
+        rows = check_teachers({"math": teacher}, ModelConfig(path=models["qwen"]), cfg, 255)
+        assert {row.gate for row in rows if row.verdict is Verdict.ok} == {
+            *("server", "context", "vocabulary", "special_tokens", "tokenizer", "shared")
+        }
+        assert {row.verdict for row in rows} == {Verdict.ok, Verdict.unmeasured}
         with pytest.raises(UserError, match="its context is 256"):
             check_teachers({"math": teacher}, ModelConfig(path=models["qwen"]), cfg, 256)
         with pytest.raises(UserError, match="HTTP 401"):
@@ -239,7 +247,7 @@ COMMAND = [
     "mopd", "name=swap", "model.path=start", "data.path=prompts.jsonl", "algorithm.steps=24", "algorithm.prompts_per_step=16",
     "teachers.default.path=near_a", "teachers.code.adapter=adapter", "learner.lr=1e-4", "learner.warmup_steps=0",
     "checkpoint.every_steps=2", "algorithm.overlong=keep", "rollout.max_new_tokens=8", "rollout.max_model_len=64",
-    "rollout.vllm.max_num_seqs=64", "teacher_workers.max_initial_kl=0.5", "tracking.wandb=disabled", "ray.object_store_gb=0.2",
+    "rollout.vllm.max_num_seqs=64", "teacher_workers.max_initial_kl=0.5", "teacher_workers.accept=[foreign]", "tracking.wandb=disabled", "ray.object_store_gb=0.2",
 ]  # fmt: skip
 
 
@@ -278,7 +286,7 @@ def test_teachers_change_during_a_run_and_survive_its_death(user: Path) -> None:
         return {domain: teacher["path"] for domain, teacher in record["teachers"].items()}
 
     process = start(user)
-    wait_for(user, process, lambda: len(events("preflight")) == 2)
+    wait_for(user, process, lambda: {e["domain"] for e in events("preflight")} == {"math", "code"})
     (run / "teachers.yaml").write_text("math: far\n")
     wait_for(user, process, lambda: len(events("teacher_swap_refused")) == 1)
     (run / "teachers.yaml").write_text("math: near_b\ncode: {path: near_a}\n")

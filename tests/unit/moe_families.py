@@ -1,21 +1,33 @@
-"""Tiny random models of every MoE family of Transformers, and what each family's papers say its gates are, in float64.
+"""Tiny random models of every MoE family of Transformers: class, configuration, and which rule its gates follow.
 
 `scripts/write_replay_families.py` writes the table of docs/routing-replay.md from `FAMILIES` and `REFUSED`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from posttrain.learner.moe.replay import RouterReplay
+from tests.unit.moe_rules import (
+    ROOT_SOFTPLUS,
+    SCALED_PER_EXPERT,
+    SHARED_SINK,
+    SIGMOID,
+    SOFTMAX_OF_SET,
+    SPARSE_MIXER,
+    Logits,
+    Rule,
+    linear,
+    normed,
+    sigmoid_of_set,
+    soft_capped,
+    softmax_of_all,
+    without_scales,
+    zaya,
+)
 
 torch.set_num_threads(1)  # at this size threads only wait for each other
 NUM_EXPERTS, TOP_K = 8, 2
@@ -46,114 +58,6 @@ LINEAR = dict(
 )
 DENSE_FIRST = dict(mlp_layer_types=["dense", "sparse", "sparse"])
 FULL = ["full_attention"] * 3
-
-Weights = dict[str, Tensor]  # trainable parameters of a router by name, float64
-Logits = Callable[[Weights, Tensor, dict[str, Any]], Tensor]  # (weights, hidden [N, H], arguments) -> [N, C]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How the logits [N, C] of a router weigh the experts [N, K] that were chosen: gates [N, K]."""
-
-    text: str
-    gates: Callable[[Tensor, Tensor, Weights], Tensor]
-    set_only: bool = True  # the logits of other experts do not matter
-
-
-SOFTMAX_OF_SET = Rule(
-    "softmax over the chosen experts", lambda logits, chosen, _: logits.gather(1, chosen).softmax(-1)
-)
-
-
-def softmax_of_all(scale: float = 1.0) -> Rule:
-    return Rule(
-        "softmax over all experts",
-        lambda logits, chosen, _: scale * logits.softmax(-1).gather(1, chosen),
-        set_only=False,
-    )
-
-
-def sigmoid_of_set(scale: float = 1.0) -> Rule:
-    def gates(logits: Tensor, chosen: Tensor, _: Weights) -> Tensor:
-        scores = torch.sigmoid(logits).gather(1, chosen)
-        return scale * scores / scores.sum(-1, keepdim=True)
-
-    return Rule("sigmoid, divided by the sum over the chosen experts", gates)
-
-
-def _sigmoid(logits: Tensor, chosen: Tensor, _: Weights) -> Tensor:
-    return torch.sigmoid(logits.gather(1, chosen))
-
-
-def _root_softplus(logits: Tensor, chosen: Tensor, _: Weights) -> Tensor:
-    scores = F.softplus(logits).sqrt().gather(1, chosen)
-    return 1.5 * scores / scores.sum(-1, keepdim=True)
-
-
-def _sparse_mixer(logits: Tensor, chosen: Tensor, _: Weights) -> Tensor:
-    """Phi-3.5-MoE, section 2: one expert after the other, softmax over those within 2 * jitter of the chosen one."""
-    gates, taken = [], torch.zeros_like(logits, dtype=torch.bool)
-    for place in range(chosen.shape[1]):
-        expert = chosen[:, place : place + 1]
-        top = logits.gather(1, expert).detach()
-        far = (top - logits.detach()) / torch.maximum(logits.detach().abs(), top) > 0.02
-        near = logits.masked_fill(far | taken, float("-inf"))
-        gates.append(near.softmax(-1).gather(1, expert))
-        taken = taken.scatter(1, expert, True)
-    return torch.cat(gates, dim=1)
-
-
-def _scaled_per_expert(logits: Tensor, chosen: Tensor, weights: Weights) -> Tensor:
-    return logits.gather(1, chosen).softmax(-1) * weights["per_expert_scale"][chosen]
-
-
-def _with_shared_sink(logits: Tensor, chosen: Tensor, weights: Weights) -> Tensor:
-    """Inkling: the two shared experts have logits of their own and take part in the sum."""
-    scores = torch.sigmoid(torch.cat([logits[:, :8].gather(1, chosen), logits[:, 8:]], dim=1))
-    return 8.0 * weights["global_scale"] * (scores / scores.sum(-1, keepdim=True))[:, : chosen.shape[1]]
-
-
-SIGMOID = Rule("sigmoid", _sigmoid)
-ROOT_SOFTPLUS = Rule("root of softplus, divided by the sum over the chosen experts", _root_softplus)
-SPARSE_MIXER = Rule("SparseMixer, in the order chosen", _sparse_mixer, set_only=False)
-SCALED_PER_EXPERT = Rule("softmax over the chosen experts, times a scale per expert", _scaled_per_expert)
-SHARED_SINK = Rule("sigmoid, divided by the sum over the chosen and the shared experts", _with_shared_sink)
-
-
-def linear(weights: Weights, hidden: Tensor, _: dict[str, Any]) -> Tensor:
-    logits = hidden @ next(w for w in weights.values() if w.dim() == 2).T
-    for bias in (w for w in weights.values() if w.dim() == 1):
-        logits = logits + bias
-    return logits
-
-
-def _soft_capped(weights: Weights, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    return 3.0 * torch.tanh(linear(weights, hidden, arguments) / 3.0)
-
-
-def _rms_norm(hidden: Tensor) -> Tensor:
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
-
-
-def _normed(weights: Weights, hidden: Tensor, _: dict[str, Any]) -> Tensor:
-    """Gemma 4: root mean square norm, a learned scale, then the projection."""
-    return (_rms_norm(hidden) * weights["scale"] * hidden.shape[-1] ** -0.5) @ weights["proj.weight"].T
-
-
-def _without_scales(weights: Weights, hidden: Tensor, _: dict[str, Any]) -> Tensor:
-    return hidden @ weights["weight"].T
-
-
-def _zaya(weights: Weights, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """ZAYA1: down projection, a share of the former layer's router state, an MLP of three layers."""
-    states = hidden @ weights["down_proj.weight"].T + weights["down_proj.bias"]
-    if arguments.get("router_states") is not None and "router_states_scale" in weights:
-        before = arguments["router_states"].detach().double().reshape(len(hidden), -1)
-        states = states + before * weights["router_states_scale"]
-    states = _rms_norm(states) * weights["router_mlp.norm.weight"]
-    for name in ("router_mlp.fc1", "router_mlp.fc2"):
-        states = F.gelu(states @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
-    return states @ weights["router_mlp.out_proj.weight"].T
 
 
 @dataclass
@@ -533,7 +437,7 @@ FAMILIES: dict[str, Family] = {
             layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         ),
         SCALED_PER_EXPERT,
-        logits=_normed,
+        logits=normed,
     ),
     "hunyuan_v1_moe": Family("HunYuanMoEV1ForCausalLM", dict(num_experts=8, moe_topk=2), SOFTMAX_OF_SET),
     "inkling": Family(
@@ -552,7 +456,7 @@ FAMILIES: dict[str, Family] = {
         num_moe_layers=2,
         has_bias=True,
         packs=False,
-        logits=_without_scales,
+        logits=without_scales,
     ),
     "jamba": Family(
         "JambaForCausalLM",
@@ -602,7 +506,7 @@ FAMILIES: dict[str, Family] = {
         sigmoid_of_set(),
         num_moe_layers=2,
         has_bias=True,
-        logits=_soft_capped,
+        logits=soft_capped,
     ),
     "longcat_flash": Family(
         "LongcatFlashForCausalLM",
@@ -680,7 +584,7 @@ FAMILIES: dict[str, Family] = {
         top_k=1,
         num_choices=9,
         packs=False,
-        logits=_zaya,
+        logits=zaya,
     ),
 }
 
@@ -707,111 +611,3 @@ REFUSED: dict[str, Refused] = {
         "product keys over embeddings instead of experts; vLLM does not have it, so nobody records routes",
     ),
 }
-B, T = 2, 7
-
-
-@cache
-def attached(name: str) -> tuple[Family, Any, RouterReplay]:
-    """One model per family for all tests that leave it as it is, in evaluation mode."""
-    family = FAMILIES[name]
-    model = family.build()
-    replay = RouterReplay.attach(model)
-    assert replay is not None
-    return family, model, replay
-
-
-def tokens(rows: int = B, length: int = T) -> Tensor:
-    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def random_routes(replay: RouterReplay, rows: int = B, length: int = T, seed: int = 0) -> Tensor:
-    """[B, T, L, K] int64: different experts, in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(rows, length, replay.num_layers, NUM_EXPERTS, generator=generator)
-    return scores.argsort(-1)[..., : replay.top_k]
-
-
-class Handed:
-    """What routers were given in the last forward pass, and what the experts got from them. By MoE layer."""
-
-    def __init__(self, replay: RouterReplay) -> None:
-        self.top_k = replay.top_k
-        self.hidden: dict[int, Tensor] = {}  # [N, H]
-        self.arguments: dict[int, dict[str, Any]] = {}
-        self.indices: dict[int, Tensor] = {}  # [N, K]
-        self.gates: dict[int, Tensor] = {}  # [N, K]
-        self.hooks = []
-        for layer, router in enumerate(replay.routers):
-            self.hooks += [
-                router.module.register_forward_pre_hook(self._router(layer), with_kwargs=True),
-                router.module.register_forward_hook(self._dense(layer)),
-                router.block.experts.register_forward_pre_hook(self._experts(layer), with_kwargs=True),
-            ]
-
-    def _router(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = (*args, *kwargs.values())[0]
-            self.hidden[layer] = hidden.reshape(-1, hidden.shape[-1])
-            self.arguments[layer] = kwargs
-
-        return hook
-
-    def _experts(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            num_rows = len(self.hidden[layer])
-            given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            pairs = [t for t in given if t.shape == (num_rows, self.top_k)]
-            if pairs:
-                self.indices[layer] = next(t for t in pairs if not t.is_floating_point())
-                self.gates[layer] = next(t for t in pairs if t.is_floating_point())
-
-        return hook
-
-    def _dense(self, layer: int) -> Any:
-        """Llama 4 hands every expert every token, times a score that is 0 unless it was chosen."""
-
-        def hook(_: nn.Module, args: tuple, out: Any) -> None:
-            if isinstance(out, tuple) and len(out) == 2:
-                self.indices[layer] = out[0].topk(self.top_k).indices
-                self.gates[layer] = out[0].gather(1, self.indices[layer])
-
-        return hook
-
-    def __enter__(self) -> Handed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-
-def live_routes(model: Any, replay: RouterReplay) -> Tensor:
-    """[B, T, L, K] in the router's own order, without any replay."""
-    with Handed(replay) as handed:
-        model(input_ids=tokens(), use_cache=False)
-    # ZAYA1 hands its skip choice on as expert 0 with weight 0.
-    layers = [handed.indices[i].where(handed.gates[i] != 0, NUM_EXPERTS) for i in range(replay.num_layers)]
-    return torch.stack(layers, dim=1).view(B, T, -1, replay.top_k)
-
-
-def never_live(live: Tensor) -> Tensor:
-    """Routes of which no expert is in the live selection, where there are enough experts for that."""
-    top_k = live.shape[-1]
-    return (live.max(-1, keepdim=True).values + 1 + torch.arange(top_k)) % NUM_EXPERTS
-
-
-def router_weights(replay: RouterReplay, layer: int) -> tuple[list[nn.Parameter], Weights]:
-    """Trainable parameters of a router, and fresh float64 copies of them by name."""
-    router = replay.routers[layer]
-    wanted = {id(p) for p in router.parameters() if p.requires_grad}
-    owner = router.block if router.module is router.block else router.module
-    named = {name: p for name, p in owner.named_parameters() if id(p) in wanted}
-    assert len(named) == len(wanted) > 0
-    return list(named.values()), {k: p.detach().double().requires_grad_() for k, p in named.items()}
-
-
-def reference_gates(family: Family, handed: Handed, layer: int, weights: Weights) -> Tensor:
-    """[N, K] float64, by the rule of the family, of the experts that were handed on."""
-    hidden = handed.hidden[layer].detach().double()
-    logits = family.logits(weights, hidden, handed.arguments[layer])
-    return family.rule.gates(logits, handed.indices[layer], weights)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import mopd, mopd_models
-from benchmarks.mopd import ROWS, available, choose
+from benchmarks.mopd import ROWS, choose
 from benchmarks.mopd_models import SIZES, Seed
-from benchmarks.mopd_table import DOMAINS, LABELS, print_table, show, summarise
+from benchmarks.mopd_table import DOMAINS, LABELS, gain_over_tokens, print_table, show, summarise, tokens_to
 from posttrain.runs.evaluate import Scores
 
 
@@ -52,6 +51,39 @@ def test_table_of_lines_by_hand():
     assert table["sft"]["share"].value == 0.0 and table["teachers"]["share"].value == 1.0
 
 
+def test_difference_to_the_student_is_paired():
+    """MOPD is right where the row is, and on 10 prompts more: every draw has at most what those give."""
+    lines = [*LINES[:4], line("mopd", 0, 0.8), line("average", 0, 0.7)]
+    table = {entry["row"]: entry for entry in summarise(lines)}
+    ahead = table["average"]["ahead"]
+    assert ahead.value == pytest.approx(0.2) and 0.1 < ahead.low < 0.2 < ahead.high < 0.3
+    assert table["mopd"]["ahead"] is None
+    equal = {entry["row"]: entry for entry in summarise([*lines[:-1], line("average", 0, 0.8)])}
+    assert (equal["average"]["ahead"].low, equal["average"]["ahead"].high) == (0.0, 0.0)
+
+
+def test_tokens_to_a_level_by_hand(tmp_path, capsys):
+    curve = {"tokens": [0, 100, 200], "accuracy": {d: [0.4, 0.6, 0.9] for d in DOMAINS}}
+    shares = dict.fromkeys(DOMAINS, 0.25)
+    student = LINES[4] | {
+        "curve": curve,
+        "share_tokens": shares,
+        "share_gradient": shares,
+        "target_error": 1e-7,
+    }
+    cells = {("sft", 0): LINES[0], ("teachers", 0): LINES[2]}
+    tokens, gains = gain_over_tokens(student, cells)
+    assert gains == pytest.approx([0.0, 0.4, 1.0])
+    assert tokens_to(0.7, tokens, gains) == pytest.approx(150)
+    assert tokens_to(0.0, tokens, gains) == 0 and tokens_to(1.1, tokens, gains) is None
+    file = tmp_path / "mopd.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*LINES[:4], student]))
+    show(file)
+    printed = capsys.readouterr().out
+    assert "tokens 0.250   gradient 0.250   gain 0.80   largest |weight share - target| 1.0e-07" in printed
+    assert (tmp_path / "mopd_course.png").stat().st_size > 1000
+
+
 def test_pairs_share_their_prompts():
     """A row equal to the teachers prompt by prompt has no uncertainty."""
     table = {entry["row"]: entry for entry in summarise([*LINES[:4], line("average", 0, 0.9, 1.0)])}
@@ -71,7 +103,7 @@ def test_table_and_picture_come_from_the_lines_alone(tmp_path, capsys):
 
 def test_a_row_without_gain_still_prints(capsys):
     print_table(summarise([line("sft", 0, 0.5), line("teachers", 0, 0.5), line("mopd", 0, 0.5)]))
-    assert capsys.readouterr().out.count(" - [") == 3
+    assert capsys.readouterr().out.count(" - [") == 5  # three shares, two differences to MOPD
 
 
 def test_every_row_has_a_label_and_the_core_is_what_it_says():
@@ -79,14 +111,6 @@ def test_every_row_has_a_label_and_the_core_is_what_it_says():
     core = {name for name, row in ROWS.items() if row.core}
     assert core == {"sft", "teachers", "mopd", "average", "task_arithmetic", "mix_rl", "off_policy"}
     assert SIZES["num_heldout"] >= 1000 and len(DOMAINS) >= 4
-
-
-def test_a_signal_row_waits_for_its_setting(monkeypatch):
-    known = SimpleNamespace(name="signal")
-    monkeypatch.setattr(mopd, "fields", lambda schema: [known])
-    assert available(ROWS["mopd_full"]) and available(ROWS["mopd"])
-    monkeypatch.setattr(mopd, "fields", lambda schema: [])
-    assert not available(ROWS["mopd_full"]) and available(ROWS["mopd"])
 
 
 class FakeSeed:
@@ -147,6 +171,7 @@ def test_runs_of_a_seed(tmp_path, monkeypatch):
 
     for name in ("sft", "rl", "mopd"):
         monkeypatch.setattr(mopd_models, name, Module)
+    monkeypatch.setattr(mopd_models.pipeline, "fingerprint", lambda path, *key: path)
     monkeypatch.setattr(s, "answer_lengths", lambda: dict(zip(DOMAINS, (60.0, 12.0, 16.0, 4.0), strict=True)))
     s.mixed(2e-4, "mix_rl", tokens=128 * 23.0 * 50)
     mixed = seen["seed3/mix_rl-0.0002"]

@@ -333,7 +333,7 @@ def test_topics_of_the_command_line(capsys):
     assert main(["doctor", "replya", "model.path=/m"]) == 2
     assert capsys.readouterr().err == "error: doctor replya: no such topic; did you mean replay?\n"
     assert main(["doctor", "xyz"]) == 2
-    assert capsys.readouterr().err == "error: doctor xyz: no such topic; choose replay, or none\n"
+    assert capsys.readouterr().err == "error: doctor xyz: no such topic; choose replay, teachers, or none\n"
     assert main(["doctor", "replay", "replay"]) == 2
     assert capsys.readouterr().err == "error: doctor replay replay: give one topic\n"
     assert main(["rl", "replay"]) == 2

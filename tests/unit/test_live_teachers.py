@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from safetensors.torch import load_file, save_file
 
 from posttrain.compose import compose
-from posttrain.config import TeacherConfig, UserError
+from posttrain.config import TeacherBackend, TeacherConfig, UserError
 from posttrain.live_teachers import LiveTeachers, Record
 from posttrain.run_folder import RunFolder
 from posttrain.tracking import Tracker
@@ -27,10 +27,11 @@ class FakePool:
 
     def __init__(self) -> None:
         self.held: dict[str, Teacher] = {}
+        self.asked: tuple[str, int] | None = None  # signal and top_k
         self.broken: set[str] = set()
 
-    def set_teachers(self, teachers: dict[str, Teacher], signal: str = "sampled", top_k: int = 64) -> None:
-        self.held = {}
+    def set_teachers(self, teachers: dict[str, Teacher], signal: str, top_k: int) -> None:
+        self.held, self.asked = {}, (signal, top_k)
         for teacher in teachers.values():
             if Path(teacher.path).name in self.broken:
                 raise UserError(f"{teacher.path} does not load")
@@ -64,13 +65,21 @@ class FakePreflight:
 class World:
     """A run of two domains in ``root``, as one process sees it; `restart` is the next process."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *overrides: str) -> None:
         self.root = root
         base = [f"model.path={root}/student", f"runs_dir={root}/runs", "name=swap", "tracking.wandb=disabled"]
         sections = [f"teachers.{d}.path={root}/{p}" for d, p in (("math", "a"), ("code", "student"))]
         sections.append("teachers.code.self=true")
         self.cfg: Any = compose(
-            "mopd", [*base, *sections, "data.path=x", "tracking.console=false", "rollout.max_model_len=64"]
+            "mopd",
+            [
+                *base,
+                *sections,
+                "data.path=x",
+                "tracking.console=false",
+                "rollout.max_model_len=64",
+                *overrides,
+            ],
         )[1]
         self.restart()
 
@@ -80,7 +89,7 @@ class World:
         self.pool = FakePool()
         record = Record.read(folder, resolve(self.cfg.teachers, ["math", "code"], self.cfg.model.path))
         rows = check_teachers(record.teachers, self.cfg.model, self.cfg.teacher_workers, 64)
-        self.pool.set_teachers(record.teachers)
+        self.pool.set_teachers(record.teachers, "sampled", 1)
         tracker = Tracker(folder.path, self.cfg.tracking, "swap", {}, 10)
         self.preflight = FakePreflight(record.teachers, rows)
         self.live = LiveTeachers(self.pool, record, self.cfg, folder, tracker, self.preflight)  # type: ignore[arg-type]
@@ -170,6 +179,23 @@ def test_a_teacher_that_does_not_load_leaves_the_former_ones(world: World) -> No
     with pytest.raises(UserError, match=r"could not be loaded: .*/b does not load"):
         world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
     assert world.held == {"math": "a", "code": "student"} and world.live.version == 1
+
+
+def test_a_new_teacher_is_asked_for_the_signal_of_the_run(world: World) -> None:
+    world = World(world.root, "algorithm.signal=top_k", "algorithm.top_k=7", "name=top")
+    world.check()
+    world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 2)
+    assert world.pool.asked == ("top_k", 7)
+    world.pool.asked, world.preflight.far = None, {"b"}
+    assert world.check(2) == {"math"}
+    assert world.pool.asked == ("top_k", 7)
+    full = World(world.root, "algorithm.signal=full", "name=full")
+    served = TeacherConfig(path=f"{world.root}/b", backend=TeacherBackend.vllm)
+    with pytest.raises(
+        UserError, match=r"^algorithm\.signal='full': teachers\.math\.backend=vllm gives sampled"
+    ):
+        full.live.set_teachers({"math": served}, 2)
+    assert full.held == {"math": "a", "code": "student"}
 
 
 def test_weights_that_change_in_place_are_refused(world: World) -> None:

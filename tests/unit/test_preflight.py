@@ -42,6 +42,7 @@ from tests.tiny_models import tiny_qwen3_moe
 
 SHAPE = {"hidden": 64, "num_layers": 2, "num_experts": 4, "moe_width": 64, "max_positions": 128}
 WORKERS = TeacherWorkerConfig(cores_per_worker=1)
+STRONG = TeacherWorkerConfig(max_initial_kl=4.0)  # small models move far from their start
 LEARNING_RATES = (1e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 NUM_RIGHT = 20
 MAX_NEW_TOKENS = 32
@@ -417,7 +418,9 @@ def test_a_wrong_teacher_is_caught_by_its_gate(
     }
     rows = judge(file_gates(str(student), teachers, ["math"]), [])
     red = {row.gate: row for row in rows if row.verdict is Verdict.red}
-    assert list(red) == [gate] and words in red[gate].problem + red[gate].way_out
+    # The same text then gives other ids as well.
+    found = [gate, "tokenizer"] if spoil is permuted_vocabulary else [gate]
+    assert list(red) == found and words in red[gate].problem + red[gate].way_out
     with pytest.raises(UserError) as caught:
         check_files(str(student), teachers, ["math"])
     line = str(caught.value)
@@ -426,7 +429,7 @@ def test_a_wrong_teacher_is_caught_by_its_gate(
         assert "accept" not in line
         return
     assert line.endswith(f"(accepted by name: teacher_workers.accept=[{gate}])")
-    accepted = {row.gate: row.verdict for row in check_files(str(student), teachers, ["math"], accept=[gate])}
+    accepted = {row.gate: row.verdict for row in check_files(str(student), teachers, ["math"], accept=found)}
     assert accepted[gate] is Verdict.accepted
 
 
@@ -528,7 +531,9 @@ def test_nan_scores_are_red(right: list[Path], samples: dict[str, list[Rollout]]
     folder = Path(shutil.copytree(right[3], tmp_path / "teacher"))
     edit(
         folder,
-        lambda t: t["model.embed_tokens.weight"][samples["math"][0].token_ids[3]].fill_(torch.nan) and None,
+        lambda t: (
+            t["model.embed_tokens.weight"][samples["math"][0].token_ids[3]].fill_(torch.nan) is None or None
+        ),
     )
     found = score(LocalPool(math=folder), {"math": samples["math"]})
     assert list(found) == [("math", "scoring")] and "gave nan for token" in found["math", "scoring"].problem
@@ -600,7 +605,7 @@ def test_rows_are_recorded_once_and_red_ones_stop(
     calls: list[tuple[list[GateRow], list[GateRow]]] = []
     files = check_files(str(student), teachers, teachers)
     resolved = resolve(teachers, teachers, str(student))
-    checks = preflight.Preflight(files, resolved, WORKERS, lambda new, rows: calls.append((new, list(rows))))
+    checks = preflight.Preflight(files, resolved, STRONG, lambda new, rows: calls.append((new, list(rows))))
     pool = LocalPool(**{d: specialists[d] for d in teachers})
     checks.check(pool, {"math": samples["math"]})
     checks.check(pool, {"math": samples["math"], "code": []})
@@ -642,7 +647,7 @@ def test_a_teacher_that_comes_later_is_measured_alone_and_can_go_again(
     files = check_files(str(student), given, given)
     recorded: list[list[GateRow]] = []
     resolved = resolve(given, given, str(student))
-    checks = preflight.Preflight(files, resolved, WORKERS, lambda new, rows: recorded.append(new))
+    checks = preflight.Preflight(files, resolved, STRONG, lambda new, rows: recorded.append(new))
     pool = LocalPool(**{d: specialists[d] for d in both})
     checks.check(pool, both)
     former = checks.rows_of("math")

@@ -12,12 +12,8 @@ from torch import Tensor, nn
 
 from posttrain.config import UserError
 from posttrain.learner.moe.replay import RouterReplay
-from tests.unit.moe_families import (
-    FAMILIES,
-    NUM_EXPERTS,
-    REFUSED,
-    SHAPE,
-    TOP_K,
+from tests.unit.moe_families import FAMILIES, NUM_EXPERTS, REFUSED, SHAPE, TOP_K
+from tests.unit.moe_passes import (
     B,
     Handed,
     T,

@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from posttrain.learner.moe.replay import RouterReplay
 from rollout.segment import recording_problem
-from tests.unit.moe_families import FAMILIES, REFUSED, SHAPE, SPARSE, random_routes, tokens
+from tests.unit.moe_families import FAMILIES, REFUSED, SHAPE, SPARSE
+from tests.unit.moe_passes import random_routes, tokens
 
 EXPERTS = re.compile(r"^class \w*(Experts|CDMoE|MoA)\(", re.MULTILINE)
 

@@ -17,7 +17,8 @@ from posttrain.learner.errors import NonFiniteRouterError, RecordError
 from posttrain.learner.moe.replay import RouterReplay
 from posttrain.learner.samples import Expected, check
 from posttrain.records import TrainingSample
-from tests.unit.moe_families import FAMILIES, NUM_EXPERTS, Family, Handed, attached, random_routes, tokens
+from tests.unit.moe_families import FAMILIES, NUM_EXPERTS, Family
+from tests.unit.moe_passes import Handed, attached, random_routes, tokens
 
 SOME = ["qwen3_moe", "deepseek_v2_grouped", "gpt_oss", "phimoe", "llama4_top2", "zaya", "dbrx"]
 PROFILE = settings(max_examples=25, deadline=None, derandomize=True)

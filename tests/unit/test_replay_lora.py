@@ -11,7 +11,8 @@ from torch import Tensor
 
 from posttrain.learner.moe.balance import freeze_routers
 from posttrain.learner.moe.replay import RouterReplay
-from tests.unit.moe_families import FAMILIES, Handed, random_routes, reference_gates, router_weights, tokens
+from tests.unit.moe_families import FAMILIES
+from tests.unit.moe_passes import Handed, random_routes, reference_gates, router_weights, tokens
 
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
 EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}

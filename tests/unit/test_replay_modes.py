@@ -11,17 +11,8 @@ from torch import Tensor
 from posttrain.config import UserError
 from posttrain.learner.moe.replay import RouterReplay
 from posttrain.learner.policy import check_packable
-from tests.unit.moe_families import (
-    FAMILIES,
-    B,
-    Handed,
-    T,
-    attached,
-    live_routes,
-    never_live,
-    random_routes,
-    tokens,
-)
+from tests.unit.moe_families import FAMILIES
+from tests.unit.moe_passes import B, Handed, T, attached, live_routes, never_live, random_routes, tokens
 
 LENGTHS = (4, 3)  # of the documents in a pack
 

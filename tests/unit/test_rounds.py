@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from posttrain.compose import compose
@@ -44,6 +46,8 @@ def test_every_kind_of_teacher_starts_from_the_rounds_model(monkeypatch, number)
 
     monkeypatch.setattr(pipeline.rl, "run", run)
     monkeypatch.setattr(pipeline.sft, "run", run)
+    monkeypatch.setattr(pipeline, "locate", lambda path, *key: path)  # no checkpoint is there
+    monkeypatch.setattr(pipeline, "fingerprint", lambda path, *key: path)
     cfg = config("teachers.math.steps=5", "teachers.code.steps=7")
     found = {d: pipeline.teacher_model(cfg, d, "/start", None, number) for d in sorted(cfg.teachers)}
     prefix = "run/" if number == 1 else "run/round2/"
@@ -59,3 +63,21 @@ def test_every_kind_of_teacher_starts_from_the_rounds_model(monkeypatch, number)
     student = pipeline.mopd_config(cfg, "/start", found, number)
     assert student.name == f"{prefix}mopd" and student.model.path == "/start" and student.domain is None
     assert {d: t.path for d, t in student.teachers.items()} == found
+    assert [d for d, t in student.teachers.items() if t.self] == ["tool"], (
+        "train=none: the student, on purpose"
+    )
+
+
+def test_a_default_teacher_stands_for_every_domain_without_one(monkeypatch):
+    cfg = config("~teachers.code", "~teachers.math", "teachers.default.path=/d")
+    domains = ("math", "code", "given", "tool")
+    found = [SimpleNamespace(domain=domain) for domain in domains]
+    monkeypatch.setattr(pipeline, "load_prompts", lambda *asked: found)
+    teachers = pipeline.teacher_of_each_domain(cfg, None)
+    assert {d: t.path for d, t in teachers.items()} == {
+        "math": "/d",
+        "code": "/d",
+        "given": "/g",
+        "tool": None,
+    }
+    assert pipeline.teacher_of_each_domain(config(), None) == config().teachers

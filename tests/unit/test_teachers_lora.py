@@ -33,6 +33,9 @@ BOTH: dict[str, Any] = {
     "target_modules": ["o_proj", "lm_head"],
     "target_parameters": EXPERTS["target_parameters"],
 }
+# nat. Largest of 6 seeds and two architectures: 1.9e-6 with LoRA on plain weights, where float32 sums have another order
+# than with the merged matrix (in float64 2.6e-7 are left), and 0 on experts, which PEFT merges for each forward.
+TOLERANCE = 1e-5
 KINDS = {"attention": ATTENTION, "experts": EXPERTS, "both": BOTH}
 
 
@@ -87,7 +90,7 @@ def test_every_adapter_scores_like_its_merged_checkpoint(
     def check(name: str | None) -> None:
         scorer.adapters.use(name, adapters[name][0] if name else None)
         found = [s.logprobs for s in scorer.score(texts(), 512)]
-        assert largest(found, expected[name]) < 3e-5, name
+        assert largest(found, expected[name]) < TOLERANCE, name
 
     for name in (None, "attention", None, "experts", "attention", "both", "experts", None, "both"):
         check(name)
@@ -101,6 +104,39 @@ def test_every_adapter_scores_like_its_merged_checkpoint(
     scorer.adapters.keep(set())
     for name in (None, "experts"):
         check(name)
+    check("attention")
+    scorer.adapters.keep({"experts"})  # none is left on the layers that come first
+    for name in ("both", "experts", None, "attention"):
+        check(name)
+
+
+def test_head_is_that_of_the_merged_checkpoint(
+    base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    """Hidden states times the head give the very scores, also with DoRA, which scales the base's weight."""
+    dora = make_adapter(base, tmp_path, 7, target_modules=["lm_head"], use_dora=True)
+    scorer = Scorer(str(base), ModelConfig(), Dtype.float32)
+    bare = scorer.head().clone()
+    torch.testing.assert_close(bare, Scorer(str(base), ModelConfig(), Dtype.float32).head(), rtol=0, atol=0)
+    for name, (adapter, merged) in ({"dora": dora} | adapters | {"dora_again": dora}).items():
+        scorer.adapters.use(name, adapter)
+        head = scorer.head()
+        torch.testing.assert_close(
+            head, Scorer(merged, ModelConfig(), Dtype.float32).head(), rtol=0, atol=1e-6
+        )
+        assert (float((head - bare).abs().max()) > 0.05) == (name not in ("attention", "experts"))
+        for ids, found in zip(texts(), scorer.score(texts(), 512, signal="full"), strict=True):
+            states = torch.from_numpy(found.hidden[1:])  # type: ignore[index]
+            own = (states @ head.T).log_softmax(-1).gather(1, torch.from_numpy(ids[1:, None]).long())[:, 0]
+            np.testing.assert_allclose(own, found.logprobs[1:], atol=1e-5)
+        scorer.adapters.use(None, None)
+        torch.testing.assert_close(scorer.head(), bare, rtol=0, atol=0)
+    half = Scorer(str(base), ModelConfig(), Dtype.bfloat16)
+    half.adapters.use("both", adapters["both"][0])
+    head, [state] = half.head(), half.score(texts()[:1], 512, signal="full")
+    assert head.dtype is torch.bfloat16 and state.hidden is not None and state.hidden.dtype == np.uint16
+    expected = Scorer(adapters["both"][1], ModelConfig(), Dtype.float32).head()
+    torch.testing.assert_close(head.float(), expected, rtol=0, atol=2**-8)
 
 
 def test_bfloat16(base: Path, adapters: dict[str, tuple[str, str]]) -> None:
@@ -118,7 +154,7 @@ def test_experts_of_a_sigmoid_router(tmp_path: Path) -> None:
     scorer = Scorer(str(base), ModelConfig(), Dtype.float32)
     scorer.adapters.use("a", adapter)
     found = [s.logprobs for s in scorer.score(texts(), 512)]
-    assert largest(found, scores(merged)) < 3e-5 and largest(found, scores(base)) > 0.05
+    assert largest(found, scores(merged)) < TOLERANCE and largest(found, scores(base)) > 0.05
 
 
 def test_worker_holds_one_base_for_all(base: Path, adapters: dict[str, tuple[str, str]]) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
+from posttrain.config import Dtype, ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
 from teachers import scorer as scorer_module
 from teachers.scorer import Scorer, TeacherScoreError, plan_batches
@@ -261,7 +261,7 @@ def test_worker_keeps_order_and_marks_failed_rollouts(
 
 
 def test_worker_sends_rows_of_loss_tokens_alone(qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(qwen3_moe)
+    teacher = Teacher(key="teachers.d", path=str(qwen3_moe))
     group = make_group(sequences([9, 30]), [RolloutStatus.completed, RolloutStatus.reward_error])
     for turn in (rollout.turns[1] for rollout in group.rollouts):
         turn.loss_mask[::2] = True
@@ -270,17 +270,17 @@ def test_worker_sends_rows_of_loss_tokens_alone(qwen3_moe: Path, monkeypatch: py
     ids, mask = group.rollouts[0].token_ids, group.rollouts[0].loss_mask
     assert mask.sum() == 4
 
-    scores = worker.score("key", path, "t", [group], "top_k", 5)
+    scores = worker.score("key", teacher, "t", [group], "top_k", 5)
     logits = all_logits(qwen3_moe, ids)
     expected = logits.log_softmax(-1).topk(5)
     np.testing.assert_array_equal(scores[0].topk_ids, expected.indices[mask])
     np.testing.assert_allclose(scores[0].topk_logprobs, expected.values[mask], atol=2e-5)
     assert scores[1].topk_ids is None and np.isnan(scores[1].logprobs).all()
 
-    row = worker.set_teachers({"key": path}, "full")
-    assert row["heads"].keys() == {"key"} and "heads" not in worker.set_teachers({"key": path})
-    head = torch.from_numpy(worker.head("key", path))
-    scores = worker.score("key", path, "t", [group], "full", 64, 3)
+    row = worker.set_teachers({"key": teacher}, "full")
+    assert row["heads"].keys() == {"key"} and "heads" not in worker.set_teachers({"key": teacher})
+    head = torch.from_numpy(worker.head("key", teacher))
+    scores = worker.score("key", teacher, "t", [group], "full", 64, 3)
     assert scores[0].head_id == 3 and scores[0].hidden.shape == (4, head.shape[1])
     states = torch.from_numpy(scores[0].hidden)
     torch.testing.assert_close((states @ head.T).double(), logits[mask], atol=2e-5, rtol=0)
@@ -295,7 +295,9 @@ def test_a_back_end_without_a_head_refuses_full() -> None:
         def head(self) -> None:
             return None
 
-    worker.scorers["key"] = Headless()  # type: ignore[assignment]
-    assert worker.set_teachers({"key": "remote"}, "top_k")["paths"] == ["remote"]
-    with pytest.raises(UserError, match=r"^algorithm\.signal='full': the back end that scores with 'remote'"):
-        worker.set_teachers({"key": "remote"}, "full")
+    worker.backends["key"] = Headless()  # type: ignore[assignment]
+    teacher = Teacher(key="teachers.d", path="remote", backend=TeacherBackend.vllm)
+    assert worker.set_teachers({"key": teacher}, "top_k")["paths"] == ["remote"]
+    expected = r"^algorithm\.signal='full': teachers\.d\.backend=vllm gives no hidden states"
+    with pytest.raises(UserError, match=expected):
+        worker.set_teachers({"key": teacher}, "full")

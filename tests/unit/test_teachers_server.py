@@ -83,26 +83,24 @@ class Handler(BaseHTTPRequestHandler):
             server.open += 1
             server.most_open = max(server.most_open, server.open)
             fault = server.faults.pop(0) if server.faults else None
-        try:
-            time.sleep(server.delay_s)
-            if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
-                return self.send(401, {"error": {"message": "no such key"}})
-            if fault == "hang up":
-                return self.connection.close()
-            if fault == "sleep":
-                time.sleep(3.0)
-            if fault == "garbage":
-                return self.send(200, None, b"<html>")
-            if isinstance(fault, dict):
-                return self.send(200, fault)
-            if fault == "redirect":
-                return self.send(302, {}, location=f"{server.url}/elsewhere")
-            if isinstance(fault, int):
-                return self.send(fault, {"error": {"message": f"fault {fault}"}})
-            self.send(*self.result(body))
-        finally:
-            with server.lock:
-                server.open -= 1
+        time.sleep(server.delay_s)
+        with server.lock:
+            server.open -= 1  # before the answer, which lets the client send its next request
+        if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+            return self.send(401, {"error": {"message": "no such key"}})
+        if fault == "hang up":
+            return self.connection.close()
+        if fault == "sleep":
+            time.sleep(3.0)
+        if fault == "garbage":
+            return self.send(200, None, b"<html>")
+        if isinstance(fault, dict):
+            return self.send(200, fault)
+        if fault == "redirect":
+            return self.send(302, {}, location=f"{server.url}/elsewhere")
+        if isinstance(fault, int):
+            return self.send(fault, {"error": {"message": f"fault {fault}"}})
+        self.send(*self.result(body))
 
     def result(self, body: Any) -> tuple[int, Any]:
         server = self.server

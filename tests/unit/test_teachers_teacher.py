@@ -38,6 +38,23 @@ def test_a_server_is_named_by_url_and_model() -> None:
     assert (found.path, found.model, found.name) == ("http://h:8000", "big", "http://h:8000#big")
 
 
+def test_one_domain_alone_needs_its_teacher_alone() -> None:
+    both = {"math": {"path": "/m"}, "code": {"path": "/c"}}
+    for sections in (both, both | {"default": {"path": "/d"}}):
+        found = resolve(teachers(**sections), ["math", "code"], "/s", only="math")
+        assert {d: t.path for d, t in found.items()} == {"math": "/m"}
+    found = resolve(
+        teachers(code={"path": "/c"}, default={"path": "/d"}), ["math", "code"], "/s", only="math"
+    )
+    assert {d: t.path for d, t in found.items()} == {"math": "/d"}
+    with pytest.raises(
+        UserError, match=r"^teachers\.math\.path=None: prompts of domain 'math' have no teacher"
+    ):
+        resolve(teachers(code={"path": "/c"}), ["math", "code"], "/s", only="math")
+    with pytest.raises(UserError, match=r"^teachers\.code\.path='/c': no prompt belongs to domain 'code'"):
+        resolve(teachers(**both), ["math"], "/s")
+
+
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [

@@ -229,6 +229,29 @@ def test_held_out_prompts_of_a_training_run(world, tmp_path):
     assert "domain 'law' without reward" in refusal(world, "rl", *law, "~rewards._target_", *one)
 
 
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        ["teachers.math.backend=server", "teachers.math.path=http://127.0.0.1:9", "teachers.math.model=big"],
+        ["teachers.math.adapter=lora/math"],
+    ],
+)
+def test_teachers_that_no_engine_can_load_are_not_evaluated(world, teacher):
+    """Refused for what the evaluation cannot do, before the server is asked or the adapter is read."""
+    given = ["eval.every_steps=5", f"data.eval_path={world}/heldout.jsonl", REWARD, *teacher]
+    found = refusal(world, "mopd", *given, "eval.teachers=true")
+    assert found.startswith("eval.teachers=True: teachers.math is no whole checkpoint")
+    assert refusal(world, "mopd", *given, "teacher_workers.server_retries=0").startswith("teachers.math.")
+
+
+def test_mopd_of_one_domain(world):
+    """Teachers of other domains, and the default that serves them, may stay in the config."""
+    for more in ([], [f"teachers.default.path={world}/mimo"], ["teachers.code.path=/gone"]):
+        report = validate(config(world, "mopd", "domain=math", *more))
+        assert report.num_prompts == {"math": 2}
+        assert {(row.domain, row.verdict) for row in report.teachers} == {("math", "ok")}
+
+
 def test_a_domain_without_held_out_prompts(world, tmp_path):
     file = tmp_path / "held.jsonl"
     file.write_text((world / "heldout.jsonl").read_text().splitlines()[0] + "\n")
@@ -373,6 +396,8 @@ def test_a_pipeline_takes_a_default_teacher_and_what_is_accepted(world):
         world, "pipeline", *given, f"teachers.default.revision={'b' * 40}", f"teachers.math.path={world}/gone"
     )
     assert found.startswith(f"teachers.math.path='{world}/gone': no such directory")
+    found = refusal(world, "pipeline", "~teachers.math", "teachers.default.train=rl")
+    assert found.startswith("teachers.default.train='rl': only a model that is there serves several domains")
     found = refusal(world, "pipeline", "teachers.default.train=rl")
     assert found.startswith("teachers.default=None: every domain has a teacher of its own")
 
