@@ -80,11 +80,6 @@ class Preflight:
         self._samples: dict[str, list[Rollout]] = {}
         self._gaps: Gaps = {}
 
-    @property
-    def checked(self) -> set[str]:
-        """Domains whose teachers were measured."""
-        return set(self._samples)
-
     def replace(self, domain: str, teacher: Teacher, file_rows: Sequence[GateRow]) -> None:
         """From now on ``teacher`` is that of ``domain``; it is measured by the next `check`."""
         self._teachers[domain] = teacher

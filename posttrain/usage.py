@@ -168,6 +168,7 @@ update of every `posttrain mopd`. Exit code 1 if a red line is not accepted. Gat
   model.path=DIR                   the student
   data.path=FILE                   prompts of every domain, rows with "domain"
   teachers.math.path=DIR teachers.code.path=DIR   one teacher for each domain of the data
+  teachers.default.path=DIR teachers.code.adapter=DIR teachers.code.backend=vllm|server domain=math   as in mopd
   teachers.code.self=true          this one is the student itself, on purpose
   teacher_workers.accept=[foreign] red lines that you know of, by the name of their gate
   teacher_check.num_samples=32 teacher_check.max_new_tokens=256

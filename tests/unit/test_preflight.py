@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,10 @@ from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Teac
 from teachers.check import check_teachers, teacher_gates
 from teachers.direct import Examination, examine
 from teachers.gates import GATES, NEVER_RED, UNLOADABLE, GateRow, Subject, Verdict, judge, stop_on_red
+from teachers.pool import TeacherPool, _Worker
 from teachers.scorer import Scorer
 from teachers.teacher import Teacher, build, resolve
+from teachers.worker import TeacherWorker
 from tests.tiny_models import tiny_qwen3_moe
 
 SHAPE = {"hidden": 64, "num_layers": 2, "num_experts": 4, "moe_width": 64, "max_positions": 128}
@@ -609,7 +612,8 @@ def test_rows_are_recorded_once_and_red_ones_stop(
     pool = LocalPool(**{d: specialists[d] for d in teachers})
     checks.check(pool, {"math": samples["math"]})
     checks.check(pool, {"math": samples["math"], "code": []})
-    assert checks.checked == {"math"} and len(calls) == 1 and calls[0][0] == calls[0][1]
+    assert pool.asked == [("math", 32), ("math", 16), ("math", 16)], "once"
+    assert len(calls) == 1 and calls[0][0] == calls[0][1]
     checks.check(pool, {"code": samples["code"]})
     new, rows = calls[1]
     assert {row.domain for row in new} == {"code"} and {row.gate for row in new} >= {"scoring", "domain_swap"}
@@ -686,6 +690,47 @@ def test_what_cannot_be_measured_is_said() -> None:
         row = preflight.scoring_row(Subject(domain="math", teacher=teacher), None, Dtype.float32)
         assert row.verdict is Verdict.unmeasured and row.value.startswith(words)
         assert preflight.remarks([row]) == [] and "not measured" in preflight._cell(row)
+
+
+def test_the_direct_forward_of_every_back_end(
+    student: Path, samples: dict[str, list[Rollout]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool asks the worker that scores, or one of its own that it ends, or nobody; the workers are in this process."""
+    killed: list[Any] = []
+    monkeypatch.setattr("teachers.pool.ray.get", lambda value: value)
+    monkeypatch.setattr("teachers.pool.ray.kill", killed.append)
+
+    class Actor(TeacherWorker):
+        @property
+        def examine(self) -> Any:
+            return SimpleNamespace(remote=super().examine)
+
+    def start(num_gpus: float, has_engine: bool = False) -> _Worker:
+        assert num_gpus == 0.0 and not has_engine
+        return _Worker(actor=Actor(WORKERS, ModelConfig()))
+
+    pool = TeacherPool(WORKERS, ModelConfig())
+    monkeypatch.setattr(pool, "_start", start)
+    scoring = start(0.0)
+    texts = [rollout.token_ids for rollout in samples["math"][:3]]
+    right = [score.logprobs for score in Scorer(str(student), ModelConfig(), Dtype.float32).score(texts, 256)]
+    for backend in TeacherBackend:
+        teacher = Teacher(key="teachers.math", path=str(student), backend=backend)
+        pool._keys, pool._teachers = {"math": f"{backend}:x"}, {f"{backend}:x": teacher}
+        pool._places = {
+            f"{backend}:x": [scoring if backend is TeacherBackend.transformers else _Worker(actor=None)]
+        }
+        found = pool.examine("math", texts, right)
+        if backend is TeacherBackend.server:
+            assert found is None
+            continue
+        assert found is not None and found.mean_abs < 1e-5
+        assert killed == [] if backend is TeacherBackend.transformers else len(killed) == 1
+        assert killed != [scoring.actor]
+    monkeypatch.setattr("teachers.pool.MAX_DIRECT_BYTES", 1000)
+    vllm = Teacher(key="teachers.math", path=str(student), backend=TeacherBackend.vllm)
+    pool._keys, pool._teachers = {"math": "vllm:x"}, {"vllm:x": vllm}
+    assert pool.examine("math", texts, right) is None and len(killed) == 1
 
 
 def test_every_gate_can_be_accepted_or_has_a_reason_not_to() -> None:
