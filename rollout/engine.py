@@ -80,7 +80,19 @@ def engine_options(cfg: RolloutConfig, model: ModelConfig, seed: int) -> dict[st
         "distributed_executor_backend": "mp" if cfg.vllm.get("tensor_parallel_size", 1) > 1 else "uni",
     }
     if current_platform.is_cpu():
-        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+        if cfg.vllm.get("enable_chunked_prefill"):
+            raise UserError(
+                "rollout.vllm.enable_chunked_prefill=True: on CPUs a request with a seed that is cut there kills the"
+                " engine; remove the key"
+            )
+        # vLLM rewinds the generator of a seeded request that it prefills in part, which a CPU generator cannot; the
+        # process dies without a word. So every prompt is prefilled whole.
+        options |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 1 << 30,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(2048, cfg.max_model_len),
+        }
     merged = options | FIXED_OPTIONS | cfg.vllm
     if cfg.head_dtype is not None and not callable(merged.get("hf_overrides")):
         merged["hf_overrides"] = {"head_dtype": cfg.head_dtype.value} | (merged.get("hf_overrides") or {})

@@ -298,6 +298,20 @@ def test_an_evaluation_leaves_the_random_numbers_of_training_alone(
     assert seeded == seeded_again and len({tuple(s) for s in seeded}) == 4
 
 
+def seeded_prompts_beyond_one_batch(path: str) -> list[int]:
+    """Tokens of each of 60 seeded requests whose prompts fill the prefill budget several times."""
+    engine = make_engine(path, Dtype.bfloat16, max_num_batched_tokens=256)
+    for i in range(60):
+        add(engine, f"{i:02}", max_tokens=4, token_ids=[5 + (i + t) % 40 for t in range(50 + i)], seed=i)
+    return [len(result.token_ids) for _, result in sorted(finish(engine).items())]
+
+
+def test_seeded_requests_outlive_a_full_prefill_budget(run: Callable[..., Any], tmp_path: Path) -> None:
+    """With chunked prefill vLLM's CPU engine dies of the first seeded prompt that it cuts."""
+    lengths = run(seeded_prompts_beyond_one_batch, str(tiny_mimo(tmp_path / "model")))
+    assert len(lengths) == 60 and all(1 <= length <= 4 for length in lengths)
+
+
 def options_error(option: dict[str, Any]) -> str:
     from rollout.engine import engine_options
 

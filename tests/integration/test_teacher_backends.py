@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = [20, 3, 90, 1, 140, 2, 61]
-MEAN_BARS = {Dtype.float32: 1e-5, Dtype.bfloat16: 1e-3}  # nat
+MEAN_BAR = 1e-5  # nat, float32
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,12 @@ def gaps(found: list[np.ndarray], path: str, ids: list[np.ndarray], dtype: Dtype
     return np.concatenate([np.abs(a - b)[1:] for a, b in zip(found, expected, strict=True)])
 
 
+def rounding(path: str, ids: list[np.ndarray]) -> float:
+    """Mean |bfloat16 - float32| of one and the same engine: two engines in bfloat16 cannot be asked to be closer."""
+    rounded = [s.logprobs for s in Scorer(path, ModelConfig(), Dtype.bfloat16).score(ids, 100_000)]
+    return float(gaps(rounded, path, ids, Dtype.float32).mean())
+
+
 @pytest.mark.parametrize(
     ("model", "dtype"),
     [("qwen", Dtype.float32), ("qwen", Dtype.bfloat16), ("mimo", Dtype.bfloat16)],
@@ -82,6 +88,11 @@ def test_vllm_gives_the_same_numbers(
     pool = TeacherPool(cfg, ModelConfig())
     engine = Teacher(key="teachers.math", path=models[model], backend=TeacherBackend.vllm)
     other = "mimo" if model == "qwen" else "qwen"
+    bar = (
+        MEAN_BAR
+        if dtype is Dtype.float32
+        else rounding(models[model], [r.token_ids for r in make_group(LENGTHS, 1).rollouts])
+    )
     rows = pool.set_teachers({"math": engine, "code": Teacher(key="teachers.code", path=models[other])})
     assert [[Path(p).name for p in row["paths"]] for row in rows] == [[other], [model]]
     group = make_group(LENGTHS, 1)
@@ -95,7 +106,7 @@ def test_vllm_gives_the_same_numbers(
         print(
             f"\n{model} {dtype.value}: mean {found.mean():.2e} max {found.max():.2e} of {found.size} tokens"
         )
-        assert found.mean() < MEAN_BARS[dtype]
+        assert found.mean() < bar
     # The direct forward of the preflight has a process of its own, which knows nothing of vLLM.
     texts = [i for i, text in enumerate(ids) if len(text) > 50]
     found = pool.examine("math", [ids[i] for i in texts], [scores[1 + i].logprobs for i in texts])
@@ -208,7 +219,7 @@ def test_a_vllm_server_gives_the_same_numbers(
             scores = scorer.score(ids, 0)
             found = gaps([s.logprobs for s in scores], models["qwen"], ids, Dtype.float32)
             print(f"\nserver float32: mean {found.mean():.2e} max {found.max():.2e} of {found.size} tokens")
-            assert found.mean() < MEAN_BARS[Dtype.float32]
+            assert found.mean() < MEAN_BAR
         top = scorer.score(ids[:1], 0, signal="top_k", top_k=5)[0]
         assert top.topk_logprobs is not None and (np.diff(top.topk_logprobs[1:], axis=1) <= 0).all()
 
