@@ -15,7 +15,7 @@ from posttrain.schema import Key, type_name, walk
 HEAD = """\
 # Configuration
 
-Written from the schemas in `posttrain/config.py` by `python scripts/write_configuration_docs.py`; a test keeps it
+Written from the schemas in `posttrain/config/` by `python scripts/write_configuration_docs.py`; a test keeps it
 current.
 
 A run's settings come from four places, later ones winning:

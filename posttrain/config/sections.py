@@ -1,0 +1,425 @@
+"""Schemas of the sections that runs are made of: model, data, learner, rollout, teachers, evaluation, tracking, Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from posttrain.config.choices import (
+    ACCEPTABLE,
+    BadRow,
+    Dtype,
+    OnUpdate,
+    Replay,
+    Schedule,
+    TeacherBackend,
+    TeacherTraining,
+    WandbMode,
+)
+from posttrain.config.errors import require, require_above, require_at_least
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str = MISSING
+    """Hugging Face checkpoint directory or hub id: safetensors, config.json, tokenizer with a chat template."""
+    revision: str | None = None
+    """Hub revision; recorded in the manifest."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint. Off unless you wrote that code."""
+    attn_implementation: str | None = None
+    """Transformers attention implementation; null lets Transformers choose."""
+    experts_implementation: str | None = "grouped_mm"
+    """Transformers experts implementation; grouped_mm is the fast choice on CPU and GPU."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    path: str = MISSING
+    """JSONL or Parquet file, directory of them, or the name of a `datasets` dataset."""
+    domain: str | None = None
+    """Domain of every row; null reads the row's own `domain` field."""
+    split: str = "train"
+    """Split, for `datasets` sources."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the others."""
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "data.sources.*.weight", self.weight, "give a weight of 0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    path: str | None = None
+    """Shorthand for one source; rows carry their own `domain` (rows without one belong to `default`)."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Named sources: `data.sources.math.path=math.jsonl`."""
+    eval_path: str | None = None
+    """Held-out prompts for evaluation, same format; never trained on."""
+    eval_sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Named held-out sources."""
+    on_bad_row: BadRow = BadRow.fail
+    """fail: stop at the first malformed row with its line number; skip: drop, count and name it."""
+    max_prompt_tokens: int | None = None
+    """Prompts longer than this are refused (or skipped, see on_bad_row); null: what the context leaves room for."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "data", self, "max_prompt_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    num_workers: int = 1
+    """Ray actors, one vLLM engine each."""
+    dtype: Dtype = Dtype.bfloat16
+    """Weights and activations of the engine."""
+    head_dtype: Dtype | None = Dtype.float32
+    """Type of the LM head's product. float32 is that of the learner's softmax: rounding logits to bfloat16 was a quarter
+    of the k3 that routing replay leaves (docs/results.md). null: as dtype, for quantised heads."""
+    max_new_tokens: int = 512
+    """Upper bound on sampled tokens per turn."""
+    max_turns: int = 1
+    """Policy turns per episode; more than 1 needs an environment for the domain."""
+    max_model_len: int = 2048
+    """Context of the engine: prompt, completions and tool results together."""
+    temperature: float = 1.0
+    """Training rollouts are sampled at 1; other values are refused until all logprobs follow them."""
+    top_p: float = 1.0
+    """As temperature: only 1 is accepted for training."""
+    record_routes: Replay = Replay.auto
+    """auto: MoE models record the experts of every token; dense models run without."""
+    on_update: OnUpdate = OnUpdate.recompute
+    """What happens to requests in flight when weights change: KV dropped and rebuilt, or kept and marked."""
+    probe_tolerance: float = 0.1
+    """Largest mean |engine - learner| logprob of the probe texts after an update, nat; above it, or above 5 times what the
+    first update showed, the run stops."""
+    max_retries: int = 2
+    """Times a prompt is generated again after a worker died; then it is quarantined and named."""
+    environment_timeout_s: float | None = 300.0
+    """An environment that takes longer over one reply costs its rollout, not the run; null: no limit."""
+    cores_per_worker: int = 1
+    """CPU cores for each engine (CPU only)."""
+    num_gpus_per_worker: float | None = None
+    """GPUs for each engine; null: 1 (times tensor_parallel_size) where there are GPUs, else 0."""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Passed to vLLM's engine under vLLM's own option names."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_workers >= 1, "rollout.num_workers", self.num_workers, "at least one worker is needed"
+        )
+        require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "give at least 1")
+        require(self.max_turns >= 1, "rollout.max_turns", self.max_turns, "give at least 1")
+        require(
+            self.temperature == 1.0,
+            "rollout.temperature",
+            self.temperature,
+            "training rollouts are sampled at temperature 1 (evaluation has eval.temperature)",
+        )
+        require(self.top_p == 1.0, "rollout.top_p", self.top_p, "training rollouts are sampled at top_p 1")
+        require_at_least(1, "rollout", self, "max_model_len", "cores_per_worker")
+        require_at_least(0, "rollout", self, "max_retries", "num_gpus_per_worker")
+        require_above(0, "rollout", self, "probe_tolerance", "environment_timeout_s")
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnerConfig:
+    num_ranks: int = 1
+    """DeepSpeed ranks, one Ray actor each."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage: 0, 1, 2 or 3."""
+    dtype: Dtype = Dtype.float32
+    """Type of the learner's weights and activations."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Schedule = Schedule.constant
+    """Shape of the learning rate after warm-up."""
+    min_lr_ratio: float = 0.0
+    """Last learning rate as a share of the peak (cosine, linear)."""
+    warmup_steps: int = 10
+    """Optimizer steps of linear warm-up from 0."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW betas."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    grad_clip: float = 1.0
+    """Global gradient norm is clipped to this; 0 turns clipping off."""
+    max_tokens_per_micro_batch: int = 8192
+    """Upper bound on tokens (padding included) of one forward pass on one rank."""
+    pack_tokens: int = 0
+    """Row length into which several documents are packed; 0 gives every document a row of its own."""
+    routing_replay: Replay = Replay.auto
+    """auto: MoE models replay the recorded routes in RL and MOPD (R3)."""
+    max_route_distance: float | None = 0.5
+    """Recorded routes of a rollout may be this far from the live ones in any layer (0: equal, 1: chance); above it they
+    are of other weights, tokens or layers, and the rollout stays out of the loss. null: no limit."""
+    expert_bias_rate: float = 0.0
+    """gamma of the aux-loss-free bias update, once per optimizer step; 0 leaves the bias alone."""
+    aux_loss_coef: float = 0.0
+    """SFT only: coefficient of the sequence-wise balance loss."""
+    freeze_router: bool = False
+    """No gradient for router weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    logprob_chunk_tokens: int = 2048
+    """Tokens whose logits exist at once; bounds the memory of the vocabulary softmax."""
+    cores_per_rank: int | None = None
+    """Torch threads of a rank (CPU only); null: all cores divided by the number of ranks."""
+    num_gpus_per_rank: float | None = None
+    """GPUs of each rank; null: 1 where there are GPUs; 0.5 shares one GPU with an engine."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Passed to DeepSpeed under its own option names; keys that this config owns are refused."""
+
+    def __post_init__(self) -> None:
+        require(self.num_ranks >= 1, "learner.num_ranks", self.num_ranks, "at least one rank is needed")
+        require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
+        require(self.lr > 0, "learner.lr", self.lr, "give a positive learning rate")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "learner.betas",
+            self.betas,
+            "give two numbers from 0 to below 1",
+        )
+        require(
+            0 <= self.min_lr_ratio <= 1, "learner.min_lr_ratio", self.min_lr_ratio, "give a share from 0 to 1"
+        )
+        require_at_least(
+            1, "learner", self, "max_tokens_per_micro_batch", "logprob_chunk_tokens", "cores_per_rank"
+        )
+        require_at_least(0, "learner", self, "warmup_steps", "weight_decay", "grad_clip", "pack_tokens")
+        require_at_least(0, "learner", self, "expert_bias_rate", "aux_loss_coef")
+        require_above(0, "learner", self, "eps", "max_route_distance")
+        self._check_gpus()
+        for key in (
+            "gradient_accumulation_steps",
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "bf16",
+            "fp16",
+        ):
+            require(
+                key not in self.deepspeed,
+                f"learner.deepspeed.{key}",
+                self.deepspeed.get(key),
+                "the learner sets this itself; remove the key",
+            )
+
+    def _check_gpus(self) -> None:
+        each = self.num_gpus_per_rank
+        require(
+            each is None or 0 <= each <= 1,
+            "learner.num_gpus_per_rank",
+            each,
+            "give 1, a fraction of 1, or 0 for the CPU: a rank uses one GPU",
+        )
+        require(
+            each is None or each == 0 or each > 0.5 or self.num_ranks == 1,
+            "learner.num_gpus_per_rank",
+            each,
+            f"learner.num_ranks={self.num_ranks} ranks cannot share a GPU (NCCL needs one each); give more than 0.5",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    path: str | None = None
+    """Frozen checkpoint of this domain's teacher; of `teachers.default`: of every domain without a teacher of its own.
+    With backend=server the URL http://HOST:PORT. In `pipeline`, null means: trained here, see train."""
+    backend: TeacherBackend = TeacherBackend.transformers
+    """transformers: in the teacher workers; vllm: an engine of its own that only prefills; server: `vllm serve` at path."""
+    adapter: str | None = None
+    """LoRA adapter (PEFT directory) on top of path, or of the start model where path is null; one base serves many."""
+    model: str | None = None
+    """backend=server only: the name under which the server holds the teacher."""
+    revision: str | None = None
+    """Hub revision; of a folder, the commit that it must have been fetched at."""
+    self: bool = False
+    """This teacher is the student itself, on purpose; otherwise such a teacher is refused, because it teaches nothing."""
+    train: TeacherTraining = TeacherTraining.rl
+    """pipeline only: rl (from the SFT model), sft (on the domain's own data) or none (path, or the SFT model itself). In
+    later rounds the former student takes the place of the SFT model."""
+    steps: int | None = None
+    """pipeline only: steps of this teacher; null: those of the stage."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "teachers.*", self, "steps")
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherWorkerConfig:
+    num_workers: int = 1
+    """Ray actors that score; teachers are spread over them."""
+    dtype: Dtype = Dtype.float32
+    """Type in which teachers are held."""
+    max_tokens_per_batch: int = 8192
+    """Tokens (padding included) of one scoring forward."""
+    cores_per_worker: int | None = None
+    """Torch threads of a worker (CPU only); null: all cores."""
+    num_gpus_per_worker: float | None = None
+    """GPUs for each worker; null: 1 where there are GPUs to spare, else 0 (backend=vllm: tensor_parallel_size)."""
+    max_initial_kl: float = 2.0
+    """Preflight refuses a teacher whose mean |log-ratio| to the student on the student's own samples is above this."""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Passed to the engine of each backend=vllm teacher under vLLM's own option names."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key of backend=server teachers; null: they need none."""
+    server_concurrency: int = 16
+    """Texts that are with one server at the same time."""
+    server_timeout_s: float = 300.0
+    """Seconds that a server may take for one text."""
+    server_retries: int = 4
+    """Times a text is sent again after a timeout, a lost connection or an overloaded server; then the run stops."""
+    accept: list[str] = field(default_factory=list)
+    """Red lines of the preflight that do not stop the run, by the name of their gate: `[foreign, chat_template]`."""
+
+    def __post_init__(self) -> None:
+        for name in self.accept:
+            require(
+                name in ACCEPTABLE,
+                "teacher_workers.accept",
+                name,
+                f"no such gate, or none that can be accepted; choose among {', '.join(ACCEPTABLE)}",
+            )
+        require_at_least(
+            1,
+            "teacher_workers",
+            self,
+            "num_workers",
+            "max_tokens_per_batch",
+            "cores_per_worker",
+            "server_concurrency",
+        )
+        require_at_least(0, "teacher_workers", self, "num_gpus_per_worker", "server_retries")
+        require_above(0, "teacher_workers", self, "max_initial_kl", "server_timeout_s")
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardWorkerConfig:
+    num_workers: int = 1
+    """Ray actors that score; batches take turns among them."""
+    timeout_s: float | None = 60.0
+    """A reward that takes longer over one rollout is an error of that rollout, not a stopped run; null: no limit."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "reward_workers", self, "num_workers")
+        require_above(0, "reward_workers", self, "timeout_s")
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every_steps: int = 20
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+    """Checkpoints kept on disk."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "checkpoint", self, "every_steps", "keep")
+
+
+@dataclass(kw_only=True, slots=True)
+class HeldOutConfig:
+    """What every evaluation has."""
+
+    num_prompts: int | None = None
+    """Held-out prompts per domain; null: all."""
+    num_samples: int = 4
+    """Samples a prompt at the evaluation temperature."""
+    temperature: float = 1.0
+    """Temperature of the sampled evaluation."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "eval", self, "num_prompts", "num_samples")
+        require_above(0, "eval", self, "temperature")
+
+
+@dataclass(kw_only=True, slots=True)
+class StepEvalConfig(HeldOutConfig):
+    """Evaluation while a policy trains."""
+
+    every_steps: int = 0
+    """Steps between evaluations on data.eval_path or data.eval_sources; also before the first step and after the last.
+    0: none."""
+    num_samples: int = 1
+    """Samples a prompt at the evaluation temperature."""
+    teachers: bool = False
+    """MOPD: measure every teacher on its domain once, before the first step; gives eval/<domain>/headroom."""
+
+    def __post_init__(self) -> None:
+        HeldOutConfig.__post_init__(self)
+        require_at_least(0, "eval", self, "every_steps")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig(HeldOutConfig):
+    greedy: bool = True
+    """Also one greedy sample a prompt."""
+    cross_num_prompts: int = 200
+    """pipeline: prompts per cell of the teachers x domains table."""
+
+    def __post_init__(self) -> None:
+        HeldOutConfig.__post_init__(self)
+        require_at_least(1, "eval", self, "cross_num_prompts")
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleConfig:
+    num_samples: int = 1
+    """Samples a prompt."""
+    num_prompts: int | None = None
+    """The first prompts of every domain; null: all."""
+    temperature: float = 1.0
+    """Temperature; 0 is greedy."""
+    min_reward: float | None = None
+    """Rejection sampling: only samples with at least this reward are written. null: all."""
+    keep_truncated: bool = False
+    """Also write samples that hit a length limit; they have no end mark."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "sample", self, "num_samples", "num_prompts")
+        require_at_least(0, "sample", self, "temperature")
+        require(
+            self.temperature > 0 or self.num_samples == 1,
+            "sample.num_samples",
+            self.num_samples,
+            "greedy samples of one prompt are all the same; give 1, or a sample.temperature above 0",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    wandb: WandbMode = WandbMode.offline
+    """offline needs no account; `wandb sync` uploads later."""
+    project: str = "posttrain"
+    """wandb project."""
+    entity: str | None = None
+    """wandb user or team; null: the account's default."""
+    console: bool = True
+    """Live progress display."""
+    rollout_samples: int = 8
+    """Rollouts per step written to rollouts/ with their per-token scores."""
+    rollout_every_steps: int = 10
+    """Steps between written samples, and between measurements of what replay does (mismatch with and without)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "tracking", self, "rollout_every_steps")
+        require_at_least(0, "tracking", self, "rollout_samples")
+
+
+@dataclass(kw_only=True, slots=True)
+class RayConfig:
+    address: str | None = None
+    """null starts Ray on this machine, bound to the loopback address; `auto` or an address joins a cluster."""
+    num_cpus: int | None = None
+    """Logical CPUs that a local Ray offers; null: those of the machine, at least 16 (actors share cores)."""
+    object_store_gb: float = 1.0
+    """Shared memory of a local Ray for rollouts and weights, GiB."""
+    log_to_driver: bool = False
+    """Print what the worker processes print; otherwise it is in /tmp/ray/session_latest/logs."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "ray", self, "num_cpus")
+        require_above(0, "ray", self, "object_store_gb")
