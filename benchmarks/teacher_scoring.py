@@ -1,6 +1,6 @@
 """What scoring with the teacher pool costs: against a bare forward, and with 1 to 8 LoRA teachers on one base.
 
-    .venv/bin/python benchmarks/teachers.py [--json FILE] [--repeats 9] [--hidden 256] [--groups 64] [--tokens 120]
+    .venv/bin/python benchmarks/teacher_scoring.py [--json FILE] [--repeats 9] [--hidden 256] [--groups 64] [--tokens 120]
 
 1. Tokens per second of `TeacherWorker.score` (fetching groups from Ray's store, batching, chunked softmax, checks,
    packing the result) against the least that any scoring needs: the model on the same padded batches, log-softmax,
