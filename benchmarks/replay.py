@@ -28,15 +28,16 @@ import replay_cost
 
 from examples.tiny.make_data import make
 from examples.tiny.model import build_model
+from posttrain.clock import Clock
 from posttrain.compose import compose
 from posttrain.config import PipelineRun
 from posttrain.data.sources import load_prompts
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
 from posttrain.learner.group import LearnerGroup
-from posttrain.loop import TRAINABLE, Clock
 from posttrain.records import GroupSummary, Prompt, RolloutGroup, SampleRef, SamplingSettings
 from posttrain.runs import evaluate, pipeline, sft
+from posttrain.waves import TRAINABLE
 from rollout.pool import RolloutPool
 
 FAMILIES = {  # family -> what its routers need in SFT: only a router with a bias is balanced by it

@@ -13,11 +13,8 @@ The driver holds object references and scalars; tokens, routes and scores go fro
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +22,7 @@ import ray
 
 from posttrain.advantages import group_advantages, overlong_penalties
 from posttrain.alarms import Alarms
+from posttrain.clock import Clock
 from posttrain.config import Dtype, Overlong, PolicyAlgorithm, UserError
 from posttrain.held_out import HeldOut
 from posttrain.learner.group import LearnerGroup
@@ -34,7 +32,6 @@ from posttrain.records import (
     GroupSummary,
     LossSettings,
     Prompt,
-    RewardResult,
     RolloutGroup,
     RolloutStatus,
     SampleRef,
@@ -45,37 +42,14 @@ from posttrain.run_folder import RunFolder
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
+from posttrain.waves import TRAINABLE, Collected, Wave, by_domain, rollout_metrics
 from posttrain.weighting import GapFollower, token_weights
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
 
-TRAINABLE = (RolloutStatus.completed, RolloutStatus.truncated)
 # Engine and learner may differ by this many times what they differed by at the first update, or by the floor, nat.
 PROBE_FACTOR = 5
 PROBE_FLOOR = 1e-3
-
-
-@dataclass(kw_only=True, slots=True)
-class Collected:
-    """One finished group of a wave: where it lies, its scalars, and what rewards and teachers said."""
-
-    ref: Any
-    summary: GroupSummary
-    rewards: list[RewardResult] | None = None
-    teacher_ref: Any = None
-    teacher_offset: int = 0
-
-
-@dataclass(kw_only=True, slots=True)
-class Wave:
-    """The prompts of one step and what has come back of them."""
-
-    step: int
-    waiting: set[str]
-    done: list[Collected] = field(default_factory=list)
-    dropped: list[Collected] = field(
-        default_factory=list
-    )  # equal rewards, replaced; in the metrics, not in the loss
 
 
 class PolicyLoop:
@@ -463,70 +437,3 @@ class PolicyLoop:
                 )
             )
         write_rollouts(self.folder.path, step, rows, self.decode)
-
-
-def rollout_metrics(wave: Wave, step: int) -> dict[str, float]:
-    """Rewards, lengths, truncation and age of a wave, overall and per domain."""
-    values: dict[str, list[float]] = defaultdict(list)
-    sampled = wave.done + wave.dropped
-    for collected in sampled:
-        summary = collected.summary
-        for i, status in enumerate(summary.statuses):
-            both = ("all", summary.domain)
-            is_truncated = status is RolloutStatus.truncated
-            has_reward = collected.rewards is not None and collected.rewards[i].error is None
-            if status in TRAINABLE and collected.rewards is not None and not has_reward:
-                status = RolloutStatus.reward_error
-            for name in both:
-                values[f"length/{name}"].append(summary.num_loss_tokens[i])
-                values[f"truncated/{name}"].append(is_truncated)
-                values[f"failed/{name}"].append(status not in TRAINABLE)
-                values[f"repeated/{name}"].append(summary.repeated[i] and status in TRAINABLE)
-                if collected.rewards is not None and has_reward:
-                    values[f"reward/{name}"].append(collected.rewards[i].reward)
-            if status not in TRAINABLE:
-                values[f"dropped/{status}"].append(1.0)
-        values[f"share/prompts/{summary.domain}"].append(1.0)
-    counted = {k: float(sum(v)) for k, v in values.items() if k.startswith("dropped/")}
-    metrics = {k: float(np.mean(v)) for k, v in values.items() if not k.startswith(("share/", "dropped/"))}
-    metrics |= counted
-    metrics |= {k: sum(v) / len(sampled) for k, v in values.items() if k.startswith("share/")}
-    metrics["tokens/all"] = float(sum(sum(c.summary.num_loss_tokens) for c in sampled))
-    metrics["policy_age/max"] = float(max(step - 1 - c.summary.min_policy_version for c in sampled))
-    if wave.dropped:
-        metrics["reward/dropped_groups"] = float(len(wave.dropped))
-    return metrics
-
-
-def by_domain(metrics: dict[str, float], name: str) -> dict[str, float]:
-    """domain -> value of the learner's metrics ``<domain>/<name>``."""
-    return {k.removesuffix(f"/{name}"): v for k, v in metrics.items() if k.endswith(f"/{name}")}
-
-
-class Clock:
-    """Wall seconds per part of a step; an inner part is taken out of the outer one."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._spent: dict[str, float] = defaultdict(float)
-        self._stack: list[str] = []
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        self._stack.append(part)
-        try:
-            yield
-        finally:
-            self._stack.pop()
-            spent = time.perf_counter() - begin
-            self._spent[part] += spent
-            if self._stack:
-                self._spent[self._stack[-1]] -= spent
-
-    def metrics(self, num_tokens: float) -> dict[str, float]:
-        """time_s/<part>, the rest, the whole step, and sampled tokens per second of the whole step."""
-        total = time.perf_counter() - self._start
-        parts = {f"time_s/{k}": v for k, v in self._spent.items()}
-        rest = {"time_s/rest": total - sum(self._spent.values()), "time_s/step": total}
-        return parts | rest | {"tokens_per_s": num_tokens / total}

@@ -17,7 +17,8 @@ from posttrain.gpus import check_gpus
 from posttrain.preflight import as_json, origins, remarks, score_gates, table, write
 from posttrain.records import Prompt, Rollout, RolloutStatus, SamplingSettings
 from posttrain.tracking.jsonl import EventsFile
-from posttrain.validate import check_context, check_model, check_teacher_workers
+from posttrain.validate import check_context, check_model
+from posttrain.validate_teachers import check_teacher_workers
 from teachers.check import teacher_gates
 from teachers.gates import UNLOADABLE, GateRow, Verdict, judge
 from teachers.teacher import Teacher, resolve

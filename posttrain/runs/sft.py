@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import ray
 
+from posttrain.clock import Clock
 from posttrain.config import SFTRun, UserError
 from posttrain.data.sources import load_conversations, sources_of
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
-from posttrain.loop import Clock
 from posttrain.records import LossSettings, SampleRef, TrainingSample
 from posttrain.run_folder import RunFolder, plain
 from posttrain.scheduler import Scheduler

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from posttrain.loop import Collected, Wave, rollout_metrics
 from posttrain.records import GroupSummary, RewardResult, RolloutStatus
+from posttrain.waves import Collected, Wave, rollout_metrics
 
 
 def test_rewards_lengths_and_dropped_rollouts() -> None:
