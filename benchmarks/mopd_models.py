@@ -134,6 +134,15 @@ class Seed:
         tags = [o.rpartition("=")[2] for o in overrides]
         return self.train(mopd, run, "-".join(["mopd", *tags, f"{lr:g}"]), lr)
 
+    def student_of_foreigners(self, lr: float, num_seeds: int = 3) -> str:
+        """MOPD with the next seed's teachers: as good as its own, from another initialisation and other SFT data.
+        The preflight's red lines are accepted by name."""
+        others = Seed(self._work, (self.seed + 1) % num_seeds, self.quick, self.engines)
+        others.make_inputs()
+        run = self.watched(pipeline.mopd_config(self.cfg, self.sft(), others.teachers()))
+        run = replace(run, teacher_workers=replace(run.teacher_workers, accept=["foreign", "initial_kl"]))
+        return self.train(mopd, run, f"mopd-foreign-{lr:g}", lr)
+
     def watched(self, run: Any) -> Any:
         return replace(run, eval=replace(run.eval, **CURVE, **({"num_prompts": 8} if self.quick else {})))
 
