@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from posttrain import cluster
-from posttrain.config import Dtype, LearnerConfig, ModelConfig, RayConfig, Schedule, UserError
+from posttrain.config import Dtype, LearnerConfig, ModelConfig, Schedule, UserError
 from posttrain.learner.errors import NonFiniteGradientError, RecordError
 from posttrain.learner.group import LearnerGroup
 from posttrain.learner.moe.replay import RouterReplay
@@ -26,7 +25,7 @@ from posttrain.records import LossSettings, SampleRef, TeacherScores, TrainingSa
 from tests.metric_names import undocumented
 from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 LENGTHS = (30, 7, 19, 12, 26, 9, 3)
 WEIGHT = 1 / 40
@@ -34,13 +33,6 @@ RL = LossSettings(kind="policy_gradient", beta=0.0, alpha=1.0, correction="off")
 SFT = LossSettings(kind="sft")
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    cluster.start(RayConfig(object_store_gb=0.3))
-    yield
-    cluster.stop()
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +55,14 @@ def config(**options: Any) -> LearnerConfig:
 
 
 @pytest.fixture(scope="module")
-def one(models: dict[str, Path]) -> Iterator[LearnerGroup]:
+def one(local_ray: None, models: dict[str, Path]) -> Iterator[LearnerGroup]:
     group = LearnerGroup.start(config(), ModelConfig(path=str(models["qwen3_moe"])), 10, 0)
     yield group
     group.shutdown()
 
 
 @pytest.fixture(scope="module")
-def two(models: dict[str, Path]) -> Iterator[LearnerGroup]:
+def two(local_ray: None, models: dict[str, Path]) -> Iterator[LearnerGroup]:
     group = LearnerGroup.start(config(num_ranks=2), ModelConfig(path=str(models["qwen3_moe"])), 10, 0)
     yield group
     group.shutdown()

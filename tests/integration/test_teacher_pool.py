@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,6 @@ from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
 from teachers.pool import TeacherPool, place
 from teachers.scorer import Scorer, TeacherScoreError
 from tests.tiny_models import tiny_mimo
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_group(lengths: list[int], seed: int) -> RolloutGroup:
@@ -49,20 +46,6 @@ def make_group(lengths: list[int], seed: int) -> RolloutGroup:
     return RolloutGroup(group_id=f"g{seed}", prompt=prompt, rollouts=rollouts)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": paths}},
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("teachers")
@@ -86,7 +69,7 @@ def expect(path: str, groups: list[RolloutGroup]) -> list[np.ndarray]:
 
 
 @pytest.mark.integration
-def test_pool(checkpoints: dict[str, str]) -> None:
+def test_pool(local_ray: None, checkpoints: dict[str, str]) -> None:
     pool = TeacherPool.start(
         TeacherWorkerConfig(num_workers=1, max_tokens_per_batch=256, cores_per_worker=1), ModelConfig()
     )
