@@ -64,17 +64,17 @@ class RewardPool:
         costs no other group."""
         chunks = [groups[i : i + GROUPS_PER_CALL] for i in range(0, len(groups), GROUPS_PER_CALL)]
         calls = [self.score([ref for ref, _ in chunk]) for chunk in chunks]
-        return [r for chunk, call in zip(chunks, calls, strict=True) for r in self._results(chunk, call)]
+        return [r for chunk, call in zip(chunks, calls, strict=True) for r in self.results(chunk, call)]
 
-    def _results(
+    def results(
         self, chunk: Sequence[tuple[Any, int]], call: ray.ObjectRef[list[list[RewardResult]]]
     ) -> list[list[RewardResult]]:
-        """Results of one call; where its worker died of it, group by group."""
+        """Results of one `score` call, waited for; where its worker died of it, group by group."""
         try:
             return ray.get(call)
         except RayActorError:
             if len(chunk) > 1:
-                return [self._results([one], self.score([one[0]]))[0] for one in chunk]
+                return [self.results([one], self.score([one[0]]))[0] for one in chunk]
             died = RewardResult(reward=0.0, error="the reward's process died of this group, again and again")
             return [[died] * chunk[0][1]]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from posttrain.config import EvalRun, PipelineRun, RolloutConfig, UserError
 from posttrain.data.sources import load_prompts
@@ -127,7 +126,7 @@ def _scores(
         for i, prompt in enumerate(members):
             cells[group_id := f"eval-{domain}-{i}"] = (domain, i)
             rollouts.submit(prompt, _with_own_seed(settings, group_id), group_id)
-    scoring = []
+    scoring: list[tuple[list[tuple[Any, GroupSummary]], Any]] = []
     finished: list[tuple[Any, GroupSummary]] = []
     num_waiting = len(cells)
     while num_waiting:
@@ -143,14 +142,15 @@ def _scores(
         finished += arrived
         num_waiting -= len(arrived)
         if len(finished) >= GROUPS_PER_CALL or not num_waiting:
-            scoring.append(([s.group_id for _, s in finished], rewards.score([r for r, _ in finished])))
+            scoring.append((finished, rewards.score([ref for ref, _ in finished])))
             finished = []
-    for group_ids, ref in scoring:
-        for group_id, results in zip(group_ids, ray.get(ref), strict=True):
+    for groups, call in scoring:
+        scored = rewards.results([(ref, settings.group_size) for ref, _ in groups], call)
+        for (_, summary), results in zip(groups, scored, strict=True):
             for j, result in enumerate(results):
                 if result.error is not None:
-                    raise UserError(f"evaluation: {group_id}: {result.error}")
-                domain, i = cells[group_id]
+                    raise UserError(f"evaluation: {summary.group_id}: {result.error}")
+                domain, i = cells[summary.group_id]
                 arrays[domain][i, j] = result.reward
     return arrays
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import posttrain.loop
-import posttrain.runs.evaluate
 from posttrain.config import (
     Aggregation,
     Dtype,
@@ -132,6 +131,12 @@ class FakeRollouts:
 class FakeRewards:
     def score(self, refs: list[tuple[str, list[int]]]) -> list[list[RewardResult]]:
         return [[RewardResult(reward=float(n > 4)) for n in lengths] for _, lengths in refs]
+
+    def results(
+        self, groups: list[tuple[Any, int]], call: list[list[RewardResult]]
+    ) -> list[list[RewardResult]]:
+        assert all(len(lengths) == num_rollouts for (_, lengths), num_rollouts in groups)
+        return call
 
     def score_all(self, groups: list[tuple[Any, int]]) -> list[list[RewardResult]]:
         assert all(len(lengths) == num_rollouts for (_, lengths), num_rollouts in groups)
@@ -251,8 +256,7 @@ class Run:
 @pytest.fixture(autouse=True)
 def plain_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fakes hand out objects, not references."""
-    for module in (posttrain.loop, posttrain.runs.evaluate):
-        monkeypatch.setattr(module.ray, "get", lambda value: value)
+    monkeypatch.setattr(posttrain.loop.ray, "get", lambda value: value)
 
 
 @pytest.mark.parametrize("max_off_policy_steps", [0, 2])
