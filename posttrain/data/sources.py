@@ -122,6 +122,7 @@ def load_conversations(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     *,
+    eval: bool = False,
     domain: str | None = None,
     skipped: list[str] | None = None,
 ) -> list[TrainingSample]:
@@ -130,7 +131,7 @@ def load_conversations(
     Arguments and errors as in `load_prompts`; a row must end with an assistant message, or hold ``token_ids``,
     ``loss_mask`` and ``text`` of a sampled conversation.
     """
-    loader = _Loader(data=data, eval=False, domain=domain)
+    loader = _Loader(data=data, eval=eval, domain=domain)
     samples: list[TrainingSample] = []
     shown: set[str] = set()
 

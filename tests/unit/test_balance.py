@@ -11,6 +11,7 @@ from posttrain.learner.moe.balance import (
     freeze_routers,
     max_violation,
     require_expert_bias,
+    resolve_bias_rate,
     sequence_auxiliary_loss,
     update_expert_bias,
 )
@@ -181,3 +182,13 @@ def test_frozen_routers_get_no_gradient_and_experts_do(name: str) -> None:
     for router in replay.routers:
         assert all(p.grad is None for p in router.parameters())
         assert all(p.grad is not None for p in router.block.experts.parameters())
+
+
+def test_an_automatic_bias_rate_needs_a_bias_that_may_move() -> None:
+    with_bias, without = attach("mimo_v2_flash")[1], attach("qwen3_moe")[1]
+    assert resolve_bias_rate(with_bias, None, False) == 1e-4
+    assert resolve_bias_rate(with_bias, None, True) == 0.0
+    assert resolve_bias_rate(without, None, False) == resolve_bias_rate(None, None, False) == 0.0
+    assert resolve_bias_rate(with_bias, 1e-3, True) == 1e-3
+    with pytest.raises(UserError, match=r"learner\.expert_bias_rate=0\.001: this model's routers have no"):
+        resolve_bias_rate(without, 1e-3, False)
