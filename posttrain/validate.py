@@ -256,15 +256,15 @@ def _check_data(cfg: RunConfig, report: Report) -> None:
             samples = load_conversations(data, tokenizer, max_tokens, eval=held_out, domain=domain)
             longest = max(len(sample.token_ids) for sample in samples)
             _check_conversation_length(cfg, max_tokens, longest, report.model.context)
-            counts, texts = _count(s.domain for s in samples), {s.token_ids.tobytes() for s in samples}
+            counts, found = _count(s.domain for s in samples), {s.token_ids.tobytes() for s in samples}
             if held_out:
                 report.num_eval_conversations = counts
-                if shared := demonstrations & texts:
+                if repeated := demonstrations & found:
                     report.notes.append(
-                        f"{len(shared)} held-out conversations also occur in the training data"
+                        f"{len(repeated)} held-out conversations also occur in the training data"
                     )
             else:
-                report.num_conversations, demonstrations = counts, texts
+                report.num_conversations, demonstrations = counts, found
             continue
         room = cast(Any, cfg).rollout.max_model_len - cast(Any, cfg).rollout.max_new_tokens
         domain = getattr(cfg, "domain", None)

@@ -31,7 +31,7 @@ class SFTAlgorithm:
             self.early_stop_patience is None or self.validate_every > 0,
             "algorithm.early_stop_patience",
             self.early_stop_patience,
-            "nothing is validated; give algorithm.validate_every as well",
+            "give algorithm.validate_every as well: nothing is validated",
         )
 
 
