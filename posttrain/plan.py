@@ -101,6 +101,7 @@ def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
     )
     for name, counts in (
         ("SFT rows", report.num_conversations),
+        ("held out", report.num_eval_conversations),
         ("prompts", report.num_prompts),
         ("held out", report.num_eval_prompts),
     ):

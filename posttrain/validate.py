@@ -26,6 +26,7 @@ from posttrain.config import (
     RolloutConfig,
     RunConfig,
     SampleRun,
+    SFTAlgorithm,
     SFTRun,
     Signal,
     UserError,
@@ -62,6 +63,7 @@ class Report:
     num_prompts: dict[str, int] = field(default_factory=dict)
     num_eval_prompts: dict[str, int] = field(default_factory=dict)
     num_conversations: dict[str, int] = field(default_factory=dict)
+    num_eval_conversations: dict[str, int] = field(default_factory=dict)
     teachers: list[GateRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -163,11 +165,11 @@ def _is_sft(learner_key: str, cfg: RunConfig) -> bool:
 def _check_learner(key: str, learner: LearnerConfig, model: ModelReport) -> None:
     if not model.num_experts:
         way_out = f"{model.path} is a dense model without experts; leave it at its default"
-        require(learner.expert_bias_rate == 0, f"{key}.expert_bias_rate", learner.expert_bias_rate, way_out)
-        require(learner.aux_loss_coef == 0, f"{key}.aux_loss_coef", learner.aux_loss_coef, way_out)
+        require(not learner.expert_bias_rate, f"{key}.expert_bias_rate", learner.expert_bias_rate, way_out)
+        require(not learner.aux_loss_coef, f"{key}.aux_loss_coef", learner.aux_loss_coef, way_out)
         require(not learner.freeze_router, f"{key}.freeze_router", learner.freeze_router, way_out)
     require(
-        learner.expert_bias_rate == 0 or model.has_expert_bias,
+        not learner.expert_bias_rate or model.has_expert_bias,
         f"{key}.expert_bias_rate",
         learner.expert_bias_rate,
         f"the routers of {model.path} have no expert bias; give 0 (in SFT learner.aux_loss_coef balances as well)",
@@ -179,7 +181,7 @@ def _check_policy_learner(
 ) -> None:
     """What only learners of RL and MOPD can get wrong."""
     require(
-        learner.aux_loss_coef == 0,
+        not learner.aux_loss_coef,
         f"{key}.aux_loss_coef",
         learner.aux_loss_coef,
         f"the balance loss is a part of SFT alone; give 0 (models with an expert bias: {key}.expert_bias_rate)",
@@ -220,7 +222,7 @@ def _check_lengths(cfg: RunConfig) -> None:
     for key, learner in learners_of(cfg):
         if _is_sft(key, cfg):
             length_key = key.removesuffix("learner") + "algorithm.max_tokens"
-            length = (cfg.sft if isinstance(cfg, PipelineRun) else cast(SFTRun, cfg)).algorithm.max_tokens
+            length = _sft_algorithm(cfg).max_tokens
         else:
             length_key, length = "rollout.max_model_len", cast(Any, cfg).rollout.max_model_len
         for name in ("max_tokens_per_micro_batch", "pack_tokens"):
@@ -246,14 +248,23 @@ def _check_data(cfg: RunConfig, report: Report) -> None:
         sources_of(data, eval=held_out)  # is anything configured? cheaper than a tokenizer
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     training: set[str] = set()
+    demonstrations: set[bytes] = set()
     for data, held_out, kind in plans:
         if kind == "conversations":
-            stage = cfg.sft if isinstance(cfg, PipelineRun) else cast(SFTRun, cfg)
             domain = cfg.domain if isinstance(cfg, SFTRun) else None
-            samples = load_conversations(data, tokenizer, stage.algorithm.max_tokens, domain=domain)
+            max_tokens = _sft_algorithm(cfg).max_tokens
+            samples = load_conversations(data, tokenizer, max_tokens, eval=held_out, domain=domain)
             longest = max(len(sample.token_ids) for sample in samples)
-            _check_conversation_length(cfg, stage.algorithm.max_tokens, longest, report.model.context)
-            report.num_conversations = _count(sample.domain for sample in samples)
+            _check_conversation_length(cfg, max_tokens, longest, report.model.context)
+            counts, found = _count(s.domain for s in samples), {s.token_ids.tobytes() for s in samples}
+            if held_out:
+                report.num_eval_conversations = counts
+                if repeated := demonstrations & found:
+                    report.notes.append(
+                        f"{len(repeated)} held-out conversations also occur in the training data"
+                    )
+            else:
+                report.num_conversations, demonstrations = counts, found
             continue
         room = cast(Any, cfg).rollout.max_model_len - cast(Any, cfg).rollout.max_new_tokens
         domain = getattr(cfg, "domain", None)
@@ -279,7 +290,7 @@ def _check_conversation_length(cfg: RunConfig, max_tokens: int, longest: int, co
 
 def _refuse_unused_held_out(cfg: RunConfig) -> None:
     """Held-out data where nothing is evaluated would silently do nothing."""
-    if isinstance(cfg, EvalRun) or _evaluates_steps(cfg):
+    if isinstance(cfg, EvalRun) or _evaluates_steps(cfg) or _validates(cfg):
         return
     section = "sft_data" if isinstance(cfg, PipelineRun) else "data"
     data: DataConfig = getattr(cfg, section)
@@ -288,16 +299,31 @@ def _refuse_unused_held_out(cfg: RunConfig) -> None:
             not value,
             f"{section}.{name}",
             value,
-            "nothing is evaluated on it; give eval.every_steps to `posttrain rl` or `mopd`, or held-out prompts to `posttrain eval`"
-            if section == "data"
-            else "nothing is evaluated on it; the pipeline's held-out prompts are data.eval_path or data.eval_sources",
+            f"nothing is evaluated on it; {_way_out(cfg)}",
         )
+
+
+def _way_out(cfg: RunConfig) -> str:
+    if isinstance(cfg, SFTRun):
+        return "give algorithm.validate_every"
+    if isinstance(cfg, PipelineRun):
+        return "give sft.algorithm.validate_every; held-out prompts are data.eval_path or data.eval_sources"
+    return "give eval.every_steps to `posttrain rl` or `mopd`, or held-out prompts to `posttrain eval`"
+
+
+def _sft_algorithm(cfg: RunConfig) -> SFTAlgorithm:
+    return (cfg.sft if isinstance(cfg, PipelineRun) else cast(SFTRun, cfg)).algorithm
+
+
+def _validates(cfg: RunConfig) -> bool:
+    return isinstance(cfg, SFTRun | PipelineRun) and _sft_algorithm(cfg).validate_every > 0
 
 
 def _data_plans(cfg: RunConfig) -> list[tuple[DataConfig, bool, str]]:
     """(section, held-out?, kind) of everything that the run reads."""
     if isinstance(cfg, SFTRun):
-        return [(cfg.data, False, "conversations")]
+        plans = [(cfg.data, False, "conversations")]
+        return [*plans, (cfg.data, True, "conversations")] if _validates(cfg) else plans
     if isinstance(cfg, EvalRun):
         return [(cfg.data, True, "prompts")]
     if isinstance(cfg, PipelineRun):
@@ -305,8 +331,14 @@ def _data_plans(cfg: RunConfig) -> list[tuple[DataConfig, bool, str]]:
             raise UserError(
                 "sft_data.path is missing: give sft_data.path=FILE.jsonl with the SFT demonstrations"
             )
+        if _validates(cfg) and cfg.sft_data.eval_path is None and not cfg.sft_data.eval_sources:
+            raise UserError(
+                f"sft.algorithm.validate_every={cfg.sft.algorithm.validate_every}: no held-out demonstrations;"
+                " give sft_data.eval_path=FILE.jsonl"
+            )
         return [
             (cfg.sft_data, False, "conversations"),
+            *([(cfg.sft_data, True, "conversations")] if _validates(cfg) else []),
             (cfg.data, False, "prompts"),
             (cfg.data, True, "prompts"),
         ]

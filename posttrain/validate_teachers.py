@@ -132,6 +132,16 @@ def check_run_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[GateR
             teacher.train.value,
             f"sft_data has no conversation of domain {domain!r}; use train=rl, or give teachers.{domain}.path=DIR",
         )
+        require(
+            teacher.train is not TeacherTraining.sft
+            or teacher.path is not None
+            or cfg.sft.algorithm.validate_every == 0
+            or domain in report.num_eval_conversations,
+            f"teachers.{name}.train",
+            teacher.train.value,
+            f"the held-out conversations of sft_data have none of domain {domain!r}; add some, or give"
+            " sft.algorithm.validate_every=0",
+        )
         # A teacher is evaluated there too, which needs a checkpoint of its own.
         require(
             teacher.adapter is None,

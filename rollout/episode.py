@@ -27,7 +27,7 @@ class EpisodeTools:
 
     sample: Callable[[Segment], Awaitable[SegmentResult]]
     decode: Callable[[np.ndarray], str]  # sampled tokens without their end mark -> text
-    encode_reply: Callable[[list[dict[str, Any]], list[dict[str, Any]], Any], np.ndarray]
+    encode_reply: Callable[[list[dict[str, Any]], list[dict[str, Any]], Any, Any], np.ndarray]
     max_model_len: int
     environment: Environment | None
     calls: asyncio.Semaphore  # environments that run at once
@@ -180,7 +180,8 @@ def _encode(
     """[n] tokens of the reply and of the next generation prompt, or None with ``rollout.error`` set: messages of an
     environment may break a template or hold text that the tokenizer does not know."""
     try:
-        return tools.encode_reply(before, reply.messages, prompt.tools)
+        options = prompt.metadata.get("chat_template_kwargs")
+        return tools.encode_reply(before, reply.messages, prompt.tools, options)
     except Exception as error:
         rollout.error = f"reply of the environment of {prompt.domain}: {type(error).__name__}: {error}"
         return None

@@ -69,7 +69,7 @@ class RolloutWorker:
         self._environments = _build_environments(self._environment_configs)
         tokenizer = load_tokenizer(self._model.path, self._model.revision, self._model.trust_remote_code)
         self._decode = lambda token_ids: tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)
-        self._encode_reply = lambda before, reply, tools: encode_reply(tokenizer, before, reply, tools)
+        self._encode_reply = lambda *messages_tools_options: encode_reply(tokenizer, *messages_tools_options)
         self._engine: Engine = Engine(
             self._cfg, self._model, seed=self._seed + self._index, worker_id=f"rollout-{self._index}"
         )

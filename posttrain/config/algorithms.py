@@ -17,9 +17,22 @@ class SFTAlgorithm:
     """Conversations per step, over all ranks."""
     max_tokens: int = 2048
     """Longer conversations are refused (or skipped, see data.on_bad_row)."""
+    validate_every: int = 0
+    """Steps between measurements of the loss on the conversations of data.eval_path or data.eval_sources; also after the
+    last step. 0: none."""
+    early_stop_patience: int | None = None
+    """Validations in a row without a lower loss after which the run ends; `model/` then holds the weights of the lowest
+    validation loss, also when all steps ran. null: all steps run, and `model/` holds the last weights."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, "algorithm", self, "steps", "batch_size", "max_tokens")
+        require_at_least(1, "algorithm", self, "steps", "batch_size", "max_tokens", "early_stop_patience")
+        require_at_least(0, "algorithm", self, "validate_every")
+        require(
+            self.early_stop_patience is None or self.validate_every > 0,
+            "algorithm.early_stop_patience",
+            self.early_stop_patience,
+            "give algorithm.validate_every as well: nothing is validated",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -162,8 +175,15 @@ def resolve_algorithm(algorithm: PolicyAlgorithm, rollout: RolloutConfig) -> Non
 
 
 def sft_learner() -> LearnerConfig:
-    """The learner of SFT: cosine from 5e-5 to 5e-6 (MiMo-V2-Flash report)."""
-    return LearnerConfig(lr=5e-5, schedule=Schedule.cosine, min_lr_ratio=0.1)
+    """The learner of SFT (MiMo-V2-Flash report): cosine from 5e-5 to 5e-6, epsilon 1e-8, both kinds of expert balance."""
+    return LearnerConfig(
+        lr=5e-5,
+        schedule=Schedule.cosine,
+        min_lr_ratio=0.1,
+        eps=1e-8,
+        expert_bias_rate=None,
+        aux_loss_coef=None,
+    )
 
 
 def rl_algorithm() -> PolicyAlgorithm:

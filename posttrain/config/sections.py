@@ -57,7 +57,7 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Named sources: `data.sources.math.path=math.jsonl`."""
     eval_path: str | None = None
-    """Held-out prompts for evaluation, same format; never trained on."""
+    """Held-out prompts (SFT: conversations), same format; never trained on."""
     eval_sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Named held-out sources."""
     on_bad_row: BadRow = BadRow.fail
@@ -157,10 +157,12 @@ class LearnerConfig:
     max_route_distance: float | None = 0.5
     """Recorded routes of a rollout may be this far from the live ones in any layer (0: equal, 1: chance); above it they
     are of other weights, tokens or layers, and the rollout stays out of the loss. null: no limit."""
-    expert_bias_rate: float = 0.0
-    """gamma of the aux-loss-free bias update, once per optimizer step; 0 leaves the bias alone."""
-    aux_loss_coef: float = 0.0
-    """SFT only: coefficient of the sequence-wise balance loss."""
+    expert_bias_rate: float | None = 0.0
+    """gamma of the aux-loss-free bias update, once per optimizer step; 0 leaves the bias alone. null: 1e-4 where the
+    routers have an expert bias and are not frozen, else 0."""
+    aux_loss_coef: float | None = 0.0
+    """SFT only: coefficient of the sequence-wise balance loss. null: 1e-6 where the routers score by softmax or sigmoid
+    and are not frozen, else 0."""
     freeze_router: bool = False
     """No gradient for router weights."""
     gradient_checkpointing: bool = False

@@ -6,6 +6,7 @@ template that gives no way to find the assistant's tokens is an error, never an 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,10 @@ from posttrain.config import UserError
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]  # characters, end exclusive
+Options = dict[str, Any] | None  # variables of the template, such as enable_thinking
+
+# What the template gets from here; a row cannot set them.
+OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations")
 
 # Stands for the text of an assistant message whose tokens are already known; plain letters survive any template.
 _STAND_IN = "zqAssistantTextStandsHereqz"
@@ -29,9 +34,10 @@ def render(
     messages: Messages,
     tools: Tools = None,
     add_generation_prompt: bool = True,
+    options: Options = None,
 ) -> str:
     """The conversation as text. UserError with the template's own reason if it refuses the messages."""
-    return _render(tokenizer, messages, tools, add_generation_prompt, want_spans=False)[0]
+    return _render(tokenizer, messages, tools, add_generation_prompt, options, want_spans=False)[0]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> np.ndarray:
@@ -49,6 +55,7 @@ def encode_reply(
     messages_before: Messages,
     reply_messages: Messages,
     tools: Tools = None,
+    options: Options = None,
 ) -> np.ndarray:
     """[n] int32: what the template adds after an assistant turn that ends with its end mark.
 
@@ -62,7 +69,7 @@ def encode_reply(
     assert messages_before and messages_before[-1]["role"] == "assistant", "a reply follows an assistant turn"
     assert reply_messages, "an empty reply adds nothing to generate from"
     stand_in = {"role": "assistant", "content": _STAND_IN}
-    text = render(tokenizer, [*messages_before[:-1], stand_in, *reply_messages], tools)
+    text = render(tokenizer, [*messages_before[:-1], stand_in, *reply_messages], tools, options=options)
     before, found, after = text.partition(_STAND_IN)
     if not found or _STAND_IN in after:
         raise UserError("chat template: an assistant turn before a reply is not rendered exactly once")
@@ -81,22 +88,39 @@ def encode_conversation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [T] int32 and loss mask [T] bool for SFT: True on assistant text and its end mark, nothing else.
 
-    Spans come from the template's ``{% generation %}`` marks, or else from the difference of rendered prefixes.
-
     Raises:
-        UserError: neither gives a mask, or a token straddles the border of the assistant's text.
+        UserError: as `render_with_spans`, or a token straddles the border of the assistant's text.
     """
     return mask_texts(tokenizer, [render_with_spans(tokenizer, messages, tools)])[0]
 
 
 def render_with_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None, options: Options = None
 ) -> tuple[str, list[Span]]:
-    """The whole conversation as text, and the character spans that the assistant wrote."""
-    text, spans = _render(tokenizer, messages, tools, add_generation_prompt=False, want_spans=True)
-    if not spans:
-        spans = _spans_by_prefix(tokenizer, messages, tools, text)
+    """The whole conversation as text, and the character spans that the assistant wrote and is trained on.
+
+    A turn is what rendering one message more adds to the messages before it and a generation prompt; of it the parts
+    between the template's ``{% generation %}`` marks count, where it has some. Both renderings must be beginnings of the
+    whole: otherwise the policy would be trained on a text that it never gets to see or to write.
+
+    Raises:
+        UserError: they are not, or the template leaves reasoning or tool calls of a trained turn out.
+    """
+    text, marked = _render(tokenizer, messages, tools, False, options, want_spans=True)
+    spans: list[Span] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or not is_trained(message):
+            continue
+        begin, end = _turn(tokenizer, messages, index, tools, options, text, bool(marked))
+        own = [(max(b, begin), e) for b, e in marked if e > begin and b < end] if marked else [(begin, end)]
+        _check_shown(index, message, "".join(text[b:e] for b, e in own))
+        spans += own
     return text, spans
+
+
+def is_trained(message: dict[str, Any]) -> bool:
+    """Whether an assistant message counts in the loss: not with ``train: false`` or OpenAI's ``weight: 0``."""
+    return message.get("train") is not False and message.get("weight") != 0
 
 
 def mask_texts(
@@ -128,33 +152,52 @@ def _mask(offsets: np.ndarray, spans: list[Span], text: str) -> np.ndarray:
             )
         mask |= inside
     if not mask.any():
-        raise UserError("no token of the assistant to train on; the assistant's messages are empty")
+        raise UserError(
+            "no token of the assistant to train on; its messages are empty, or all have train=false"
+        )
     return mask
 
 
-def _spans_by_prefix(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, full: str
-) -> list[Span]:
-    """Assistant turn i is what rendering i + 1 messages adds to rendering i of them and a generation prompt."""
-    spans: list[Span] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:index], tools) if index else ""
-        # White space after the end mark belongs to the template, not to what the policy has to produce.
-        after = render(tokenizer, messages[: index + 1], tools, add_generation_prompt=False).rstrip()
-        if (
-            not index
-            or not full.startswith(before)
-            or not full.startswith(after)
-            or len(after) <= len(before)
-        ):
+def _turn(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    index: int,
+    tools: Tools,
+    options: Options,
+    full: str,
+    has_marks: bool,
+) -> Span:
+    """Characters of ``full`` that message ``index`` adds to those before it and a generation prompt."""
+    before = render(tokenizer, messages[:index], tools, options=options) if index else ""
+    after = full
+    if index < len(messages) - 1:
+        after = render(tokenizer, messages[: index + 1], tools, False, options)
+    # White space after the end mark belongs to the template, not to what the policy has to produce.
+    end = len(after.rstrip())
+    if not full.startswith(before) or full[:end] != after[:end] or end <= len(before):
+        raise UserError(
+            f"chat template: the whole conversation renders message {index}, or what is before it, otherwise than the "
+            'conversation up to there; give the message "train": false, or one row per turn'
+        )
+    if not index and not has_marks:
+        raise UserError(
+            "chat template: where message 0 begins cannot be found (no {% generation %} marks, and nothing before it); "
+            'give it "train": false'
+        )
+    return len(before), end
+
+
+def _check_shown(index: int, message: dict[str, Any], text: str) -> None:
+    """A template that ignores a part of a message would drop it without a word."""
+    if (message.get("reasoning_content") or "").strip() not in text:
+        raise UserError(
+            f"the chat template leaves the reasoning out of message {index}; put it into the content"
+        )
+    for call in message.get("tool_calls") or ():
+        if call["function"]["name"] not in text:
             raise UserError(
-                "chat template: assistant tokens cannot be found (no {% generation %} marks, and message "
-                f"{index} changes the text before it); mark the assistant's part with {{% generation %}}"
+                f"the chat template leaves the tool_calls out of message {index}; write them as content"
             )
-        spans.append((len(before), len(after)))
-    return spans
 
 
 def _leading_mark(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
@@ -167,9 +210,11 @@ def _render(
     messages: Messages,
     tools: Tools,
     add_generation_prompt: bool,
+    options: Options,
     want_spans: bool,
 ) -> tuple[str, list[Span]]:
     template = tokenizer.get_chat_template(None, tools)
+    _check_options(template, options or {}, tokenizer)
     marked = want_spans and "generation" in template and _has_generation_marks(template)
     try:  # templates are programs of their own, and refuse messages in their own ways
         texts, spans = render_jinja_template(
@@ -178,11 +223,19 @@ def _render(
             chat_template=template,
             return_assistant_tokens_mask=marked,
             add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
+            **tokenizer.special_tokens_map | (options or {}),
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError(f"the chat template refuses these messages: {error}") from error
     return texts[0], [tuple(span) for span in spans[0]] if marked else []
+
+
+def _check_options(template: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    for name in options:
+        if name in OWN_VARIABLES or name in tokenizer.special_tokens_map:
+            raise UserError(f"chat_template_kwargs: {name!r} is not for a row to set")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UserError(f"chat_template_kwargs: the chat template does not read {name!r}")
 
 
 def _has_generation_marks(template: str) -> bool:

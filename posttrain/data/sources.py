@@ -1,7 +1,8 @@
 """Sources of a run -> `Prompt`s for RL, MOPD and evaluation, or `TrainingSample`s for SFT.
 
-Owns the row format: ``messages`` (OpenAI style), ``domain``, ``answer``, ``tools``, ``system``, ``reasoning``,
-``id``; every other field lands in `Prompt.metadata`. A conversation with ``token_ids``, as `posttrain sample` writes it,
+Owns the row format: ``messages`` (OpenAI style; in SFT an assistant message with ``train: false`` has no loss), ``domain``,
+``answer``, ``tools``, ``system``, ``reasoning``, ``id``, and ``chat_template_kwargs``, variables for the chat template such
+as ``enable_thinking``; every other field lands in `Prompt.metadata`. A conversation with ``token_ids``, as `posttrain sample` writes it,
 is trained on as it was sampled: its text is not tokenised again. Refuses, with file, line and field: malformed messages,
 rows without what the verifier reads, prompts and conversations that are too long, ids that occur twice, token ids of
 another tokenizer.
@@ -122,6 +123,7 @@ def load_conversations(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     *,
+    eval: bool = False,
     domain: str | None = None,
     skipped: list[str] | None = None,
 ) -> list[TrainingSample]:
@@ -130,7 +132,7 @@ def load_conversations(
     Arguments and errors as in `load_prompts`; a row must end with an assistant message, or hold ``token_ids``,
     ``loss_mask`` and ``text`` of a sampled conversation.
     """
-    loader = _Loader(data=data, eval=False, domain=domain)
+    loader = _Loader(data=data, eval=eval, domain=domain)
     samples: list[TrainingSample] = []
     shown: set[str] = set()
 
@@ -181,6 +183,7 @@ class _Parsed:
     domain: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    options: chat.Options = None  # chat_template_kwargs
     sampled: tuple[np.ndarray, np.ndarray] | None = None  # ids and loss mask that the row holds itself
 
 
@@ -282,12 +285,23 @@ def _parse_row(values: dict[str, Any], source: SourceConfig) -> _Parsed:
     tools = values.get("tools") or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError("tools", "expected a list of OpenAI-style tool objects")
+    options = _parse_options(values)
     prompt_id = values.get("id")
     if prompt_id is None:
-        prompt_id = _content_id(domain, messages, tools, values.get("answer"))
+        prompt_id = _content_id(domain, messages, tools, values.get("answer"), options)
     elif isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)) or prompt_id == "":
         raise RowError("id", f"expected a string or an integer, found {prompt_id!r}")
-    return _Parsed(prompt_id=str(prompt_id), domain=domain, messages=messages, tools=tools)
+    return _Parsed(prompt_id=str(prompt_id), domain=domain, messages=messages, tools=tools, options=options)
+
+
+def _parse_options(values: dict[str, Any]) -> chat.Options:
+    """Variables of the chat template; null counts as not given, as a Parquet column has it."""
+    options = values.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, dict):
+        raise RowError("chat_template_kwargs", f"expected an object, found {type(options).__name__}")
+    if values.get("enable_thinking") is not None:
+        raise RowError("enable_thinking", 'give it as "chat_template_kwargs": {"enable_thinking": ...}')
+    return {name: value for name, value in (options or {}).items() if value is not None} or None
 
 
 def _parse_sampled(
@@ -321,14 +335,15 @@ def _parse_messages(values: dict[str, Any]) -> list[dict[str, Any]]:
         raise RowError("messages", "expected a non-empty list of {role, content} objects")
     for index, message in enumerate(messages):
         _check_message(f"messages[{index}]", message)
+    messages = [_with_calls(f"messages[{index}]", message) for index, message in enumerate(messages)]
     system = values.get("system")
     if system is None:
-        return [dict(message) for message in messages]
+        return messages
     if not isinstance(system, str):
         raise RowError("system", f"expected a string, found {type(system).__name__}")
     if messages[0]["role"] in ("system", "developer"):
         raise RowError("system", "messages begin with a system message as well; give one of the two")
-    return [{"role": "system", "content": system}, *(dict(message) for message in messages)]
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _check_message(name: str, message: Any) -> None:
@@ -337,13 +352,43 @@ def _check_message(name: str, message: Any) -> None:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise RowError(f"{name}.role", f"found {role!r}, expected one of {', '.join(ROLES)}")
-    if role == "assistant" and content is None and message.get("tool_calls"):
-        return
-    if not isinstance(content, str):
+    train, weight = message.get("train"), message.get("weight")
+    if train not in (None, True, False) or weight not in (None, 0, 1):
+        raise RowError(f"{name}.train", "expected true or false (weight: 1 or 0)")
+    if role != "assistant" and (train or weight):
+        raise RowError(
+            f"{name}.train", f"only assistant messages are trained on, and this is of role {role!r}"
+        )
+    if not isinstance(content, str) and not (
+        role == "assistant" and content is None and message.get("tool_calls")
+    ):
         raise RowError(f"{name}.content", f"expected a string, found {type(content).__name__}")
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
         raise RowError(f"{name}.reasoning_content", f"expected a string, found {type(reasoning).__name__}")
+
+
+def _with_calls(name: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose tool calls have objects as arguments: OpenAI writes them as JSON text, templates (and vLLM) expect
+    objects, and would quote a text once more."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return dict(message)
+    if message["role"] != "assistant" or not isinstance(calls, list):
+        raise RowError(f"{name}.tool_calls", "expected a list, in an assistant message")
+    return {**message, "tool_calls": [_call(f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]}
+
+
+def _call(name: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(name, 'expected {"type": "function", "function": {"name": ..., "arguments": ...}}')
+    arguments = function.get("arguments")
+    try:  # what a user wrote
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        raise RowError(f"{name}.function.arguments", f"not JSON: {arguments!r}") from None
+    return {**call, "function": {**function, "arguments": {} if arguments is None else arguments}}
 
 
 def _require_fields(values: dict[str, Any], required: Sequence[str]) -> None:
@@ -363,13 +408,16 @@ def _attach_reasoning(messages: list[dict[str, Any]], reasoning: Any) -> None:
     messages[-1]["reasoning_content"] = reasoning
 
 
-def _content_id(domain: str, messages: list[dict[str, Any]], tools: Any, answer: Any) -> str:
-    content = json.dumps([domain, messages, tools, answer], sort_keys=True, default=str)
+def _content_id(
+    domain: str, messages: list[dict[str, Any]], tools: Any, answer: Any, options: chat.Options
+) -> str:
+    parts = [domain, messages, tools, answer, *([options] if options else [])]
+    content = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _render_prompt(tokenizer: PreTrainedTokenizerBase, parsed: _Parsed, shown: set[str]) -> str:
-    text = chat.render(tokenizer, parsed.messages, parsed.tools)
+    text = chat.render(tokenizer, parsed.messages, parsed.tools, options=parsed.options)
     _check_tools(tokenizer, parsed, text, shown, add_generation_prompt=True)
     return text
 
@@ -377,11 +425,8 @@ def _render_prompt(tokenizer: PreTrainedTokenizerBase, parsed: _Parsed, shown: s
 def _render_conversation(
     tokenizer: PreTrainedTokenizerBase, parsed: _Parsed, shown: set[str]
 ) -> tuple[str, list[chat.Span]]:
-    text, spans = chat.render_with_spans(tokenizer, parsed.messages, parsed.tools)
+    text, spans = chat.render_with_spans(tokenizer, parsed.messages, parsed.tools, parsed.options)
     _check_tools(tokenizer, parsed, text, shown, add_generation_prompt=False)
-    reasoning = (parsed.messages[-1].get("reasoning_content") or "").strip()
-    if reasoning not in text:
-        raise RowError("reasoning", "the chat template leaves the reasoning out; put it into the content")
     return text, spans
 
 
@@ -395,7 +440,7 @@ def _check_tools(
     """A template that ignores tools would drop them without a word. ``shown``: tool lists that proved to be shown."""
     if not parsed.tools or (signature := str(parsed.tools)) in shown:
         return
-    if text == chat.render(tokenizer, parsed.messages, None, add_generation_prompt):
+    if text == chat.render(tokenizer, parsed.messages, None, add_generation_prompt, parsed.options):
         raise RowError("tools", "the chat template leaves tools out; describe them in a system message")
     shown.add(signature)
 

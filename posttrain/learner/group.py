@@ -92,6 +92,12 @@ class LearnerGroup:
         models also route_mismatch and coverage."""
         return self._call_each("mismatch", self._batches(samples))[0]
 
+    def validate(self, samples: Sequence[SampleRef]) -> dict[str, float]:
+        """Mean cross-entropy per loss token of ``samples`` by domain, and over all as ``all``; nothing changes. The cut
+        into micro-batches and ranks does not matter, nor do the weights of the references."""
+        assert samples, "a validation needs samples"
+        return self._call_each("validate", self._batches(samples))[0]
+
     def logprobs(
         self, token_ids: Sequence[np.ndarray], routed_experts: Sequence[np.ndarray | None] | None = None
     ) -> list[np.ndarray]:

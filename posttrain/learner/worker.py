@@ -113,7 +113,8 @@ class LearnerWorker:
         if self.learner.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.replay = RouterReplay.attach(loaded)
-        balance.require_expert_bias(self.replay, self.learner.expert_bias_rate)
+        frozen = self.learner.freeze_router
+        self.bias_rate = balance.resolve_bias_rate(self.replay, self.learner.expert_bias_rate, frozen)
         if self.learner.freeze_router and self.replay is not None:
             balance.freeze_routers(self.replay)
         self.policy = Policy(loaded, self.learner.logprob_chunk_tokens)
@@ -197,8 +198,8 @@ class LearnerWorker:
                     inputs.weights = inputs.weights * self._trusted(watch, micro_batch)
                 output = losses.compute(inputs, loss)
                 total = output.loss
-                if self._aux_coef(loss) > 0:
-                    auxiliary = self._auxiliary_loss(micro_batch, batch.num_samples)
+                auxiliary = self._auxiliary_loss(micro_batch, batch.num_samples, loss)
+                if auxiliary is not None:
                     totals.add_sum("aux_loss", auxiliary.detach())
                     total = total + auxiliary
                 self.engine.backward(total * self.num_ranks)
@@ -256,7 +257,7 @@ class LearnerWorker:
         metrics = {"grad_norm": norm, "lr": rate, **zeros}
         if counts is not None and self.replay is not None:
             dist.all_reduce(counts)
-            balance.update_expert_bias(self.replay, counts, self.learner.expert_bias_rate)
+            balance.update_expert_bias(self.replay, counts, self.bias_rate)
             metrics["balance/max_vio"] = float(balance.max_violation(counts).mean())
         return metrics
 
@@ -294,6 +295,18 @@ class LearnerWorker:
             if micro_batch.routes is not None and self.replay is not None:
                 add_route_metrics(totals, self.replay)
             self._add_mismatch(totals, replace(micro_batch, routes=None), "_without")
+        return totals.reduce()
+
+    def validate(self, batch: RankBatch) -> dict[str, float]:
+        """Mean cross-entropy over the loss tokens of every domain and, as ``all``, of the batch: no gradient, no dropout,
+        live routes."""
+        totals = Totals()
+        for micro_batch in self._micro_batches(batch, self._expected(LossSettings(kind="sft"), False)):
+            losses_N = -self._score(micro_batch).cpu().numpy().astype(np.float64)
+            totals.add_mean("all", losses_N.sum(), len(losses_N))
+            for number in np.unique(micro_batch.domain_ids):
+                own = losses_N[micro_batch.domain_ids == number]
+                totals.add_mean(batch.domains[number], own.sum(), len(own))
         return totals.reduce()
 
     def _add_mismatch(self, totals: Totals, micro_batch: MicroBatch, suffix: str) -> None:
@@ -453,16 +466,21 @@ class LearnerWorker:
         )
 
     def _aux_coef(self, loss: LossSettings) -> float:
-        return self.learner.aux_loss_coef if loss.kind == "sft" and self.replay is not None else 0.0
+        if loss.kind != "sft" or self.replay is None:
+            return 0.0
+        if self.learner.aux_loss_coef is None:
+            return 0.0 if self.learner.freeze_router else balance.DEFAULT_AUX_COEF
+        return self.learner.aux_loss_coef
 
-    def _auxiliary_loss(self, micro_batch: MicroBatch, num_samples: int) -> Tensor:
+    def _auxiliary_loss(self, micro_batch: MicroBatch, num_samples: int, loss: LossSettings) -> Tensor | None:
+        coefficient = self._aux_coef(loss)
+        if coefficient == 0:
+            return None
         assert self.replay is not None and self.replay.last is not None
-        return balance.sequence_auxiliary_loss(
-            self.replay.last,
-            self._tensor(micro_batch.document_ids),
-            num_samples,
-            self.learner.aux_loss_coef,
-        )
+        if self.learner.aux_loss_coef is None and any(s is None for s in self.replay.last.scores):
+            return None  # routers that give no scores to balance
+        documents = self._tensor(micro_batch.document_ids)
+        return balance.sequence_auxiliary_loss(self.replay.last, documents, num_samples, coefficient)
 
 
 def _signal(loss: LossSettings | None) -> str:

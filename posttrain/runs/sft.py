@@ -16,10 +16,11 @@ from posttrain.records import LossSettings, SampleRef, TrainingSample
 from posttrain.run_folder import RunFolder, plain
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
+from posttrain.validation import Validation
 
 
 def run(cfg: SFTRun, engines: Engines | None = None) -> str:
-    """Train, and return the folder of the finished model. Resumes where the run folder stands.
+    """Train, validate, and return the folder of the finished model. Resumes where the run folder stands.
 
     Args:
         engines: living processes to use; None starts and ends its own.
@@ -35,10 +36,12 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
     )
     with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
         learner = engines.learner(cfg.learner, cfg.model, cfg.algorithm.steps, cfg.seed)
+        validation = Validation(cfg.algorithm, held_out(cfg), learner, folder)
         first_step = 1
         if checkpoint := folder.latest():
             learner.load_checkpoint(checkpoint.folder)
             scheduler.load_state(checkpoint.state["scheduler"])
+            validation.load_state(checkpoint.state.get("validation"))
             first_step = checkpoint.step + 1
         with Tracker(
             folder.path,
@@ -50,6 +53,8 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
             ["loss", "grad_norm"],
         ) as tracker:
             for step in range(first_step, cfg.algorithm.steps + 1):
+                if validation.stop:
+                    break
                 clock = Clock()
                 drawn = scheduler.draw(cfg.algorithm.batch_size)
                 scheduler.trained(d.group_id for d in drawn)
@@ -57,11 +62,21 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
                     metrics = learner.train_step(
                         batch([d.item for d in drawn]), LossSettings(kind="sft"), step
                     )
+                with clock("validate"):
+                    metrics |= validation.metrics(step)
+                if validation.stop:
+                    tracker.event(
+                        "early_stop",
+                        step=step,
+                        message=f"step {step}: no lower loss in {cfg.algorithm.early_stop_patience} validations",
+                    )
                 # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
                 tracker.log(step, metrics | clock.metrics(num_tokens=metrics["num_tokens"]))
-                if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps:
-                    folder.save(step, learner.save_checkpoint, {"scheduler": scheduler.state()})
-            learner.save_model(folder.model)
+                if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps or validation.stop:
+                    state = {"scheduler": scheduler.state(), "validation": validation.state()}
+                    folder.save(step, learner.save_checkpoint, state)
+                    validation.prune()
+            validation.save_model()
     folder.finish()
     return str(folder.model)
 
@@ -78,6 +93,15 @@ def conversations(cfg: SFTRun) -> tuple[dict[str, list[TrainingSample]], dict[st
     if not any(by_source.values()):
         raise UserError(f"domain={cfg.domain!r}: no conversation of that domain in data.sources")
     return by_source, weights
+
+
+def held_out(cfg: SFTRun) -> list[SampleRef]:
+    """Held-out conversations, of one domain where ``cfg.domain`` says so; none without ``algorithm.validate_every``."""
+    if cfg.algorithm.validate_every == 0:
+        return []
+    tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
+    max_tokens = cfg.algorithm.max_tokens
+    return batch(load_conversations(cfg.data, tokenizer, max_tokens, eval=True, domain=cfg.domain))
 
 
 def batch(samples: list[TrainingSample]) -> list[SampleRef]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from posttrain.config import UserError
+from posttrain.config import LearnerConfig, UserError
+from posttrain.learner.batching import collate
 from posttrain.learner.moe.balance import (
     freeze_routers,
     max_violation,
     require_expert_bias,
+    resolve_bias_rate,
     sequence_auxiliary_loss,
     update_expert_bias,
 )
 from posttrain.learner.moe.replay import LiveRouting, RouterReplay
+from posttrain.learner.worker import LearnerWorker
+from posttrain.records import LossSettings, TrainingSample
 from tests.unit.moe_families import FAMILIES, NUM_EXPERTS, TOP_K
 
 
@@ -181,3 +188,41 @@ def test_frozen_routers_get_no_gradient_and_experts_do(name: str) -> None:
     for router in replay.routers:
         assert all(p.grad is None for p in router.parameters())
         assert all(p.grad is not None for p in router.block.experts.parameters())
+
+
+def test_an_automatic_bias_rate_needs_a_bias_that_may_move() -> None:
+    with_bias, without = attach("mimo_v2_flash")[1], attach("qwen3_moe")[1]
+    assert resolve_bias_rate(with_bias, None, False) == 1e-4
+    assert resolve_bias_rate(with_bias, None, True) == 0.0
+    assert resolve_bias_rate(without, None, False) == resolve_bias_rate(None, None, False) == 0.0
+    assert resolve_bias_rate(with_bias, 1e-3, True) == 1e-3
+    with pytest.raises(UserError, match=r"learner\.expert_bias_rate=0\.001: this model's routers have no"):
+        resolve_bias_rate(without, 1e-3, False)
+
+
+def test_an_automatic_balance_loss_leaves_routers_without_scores_alone() -> None:
+    nothing = live([], [torch.zeros(2, 1, dtype=torch.int64)])
+    nothing.scores.append(None)
+    worker = LearnerWorker(0, 1, None)
+    worker.replay = SimpleNamespace(last=nothing)  # type: ignore[assignment]
+    batch = collate({0: sample()}, [[0]], [""])
+    sft = LossSettings(kind="sft")
+    for coefficient, expected in ((None, 1e-6), (0.0, 0.0), (0.1, 0.1)):
+        worker.learner = LearnerConfig(aux_loss_coef=coefficient)
+        assert worker._aux_coef(sft) == expected
+        assert worker._aux_coef(LossSettings(kind="policy_gradient")) == 0.0
+    with pytest.raises(
+        UserError, match=r"learner\.aux_loss_coef=0\.1: the routers of this model score neither"
+    ):
+        worker._auxiliary_loss(batch, 1, sft)
+    worker.learner = LearnerConfig(aux_loss_coef=None)
+    assert worker._auxiliary_loss(batch, 1, sft) is None
+    worker.learner = LearnerConfig(aux_loss_coef=None, freeze_router=True)
+    assert worker._aux_coef(sft) == 0.0
+
+
+def sample() -> TrainingSample:
+    mask = np.array([False, True])
+    return TrainingSample(
+        token_ids=np.array([1, 2], np.int32), loss_mask=mask, weights=np.ones(2, np.float32)
+    )

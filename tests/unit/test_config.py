@@ -170,6 +170,10 @@ def test_one_line_names_key_value_and_way_out(command, override, expected):
         ("mopd", "eval.every_steps=-1 eval.num_samples=0 eval.num_prompts=0 eval.temperature=0.0"),
         ("mopd", "algorithm.top_k=0 algorithm.top_k=-3"),
         ("sft", "algorithm.steps=0 algorithm.batch_size=0 algorithm.max_tokens=0"),
+        (
+            "sft",
+            "algorithm.validate_every=-1 algorithm.early_stop_patience=0 algorithm.early_stop_patience=3",
+        ),
         ("sft", "checkpoint.every_steps=0 checkpoint.keep=0 data.max_prompt_tokens=0"),
         ("sft", "tracking.rollout_every_steps=0 tracking.rollout_samples=-1"),
         ("sft", "ray.object_store_gb=0.0 ray.num_cpus=0"),

@@ -105,7 +105,7 @@ def test_marks_and_prefixes_agree():
 def test_unstable_template_without_marks_is_refused_for_several_turns():
     tokenizer = tokenizer_with(UNSTABLE)
     assert masked_text(tokenizer, EPISODE[:2])[1] == "<think></think>mul(37,46)<|end|>"
-    with pytest.raises(UserError, match="assistant tokens cannot be found"):
+    with pytest.raises(UserError, match="the whole conversation renders message 1, or what is before it"):
         chat.encode_conversation(tokenizer, EPISODE)
 
 

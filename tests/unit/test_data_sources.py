@@ -297,7 +297,7 @@ def test_what_the_template_leaves_out_is_refused(tmp_path):
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     path = write(tmp_path / "c.jsonl", {"messages": [USER, REPLY], "reasoning": "think hard"})
-    with pytest.raises(UserError, match="reasoning: the chat template leaves the reasoning out"):
+    with pytest.raises(UserError, match="the chat template leaves the reasoning out of message 1"):
         load_conversations(DataConfig(path=path), tokenizer, 64)
     tools = [{"type": "function", "function": {"name": "mul"}}]
     path = write(tmp_path / "p.jsonl", {"messages": [USER], "tools": tools})

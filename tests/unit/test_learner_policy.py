@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,3 +107,57 @@ def test_broken_checkpoints(damage: str, tmp_path: Path) -> None:
     assert message.startswith(f"model.path={str(path)!r}: ") and "\n" not in message
     if damage == "tensor_gone":
         assert "model.layers.1.mlp.up_proj.weight" in message
+
+
+WINDOW = 8
+
+
+def windowed(family: str, folder: Path, window: int) -> Policy:
+    """A policy with sinks; layers with a window where the family has some, or is told so."""
+    options = {"window": window} if family == "mimo" else {}
+    path = BUILDERS[family.removesuffix("_window")](folder, num_layers=3, **options)
+    if family.endswith("_window"):
+        config = json.loads((path / "config.json").read_text())
+        sliding = {"use_sliding_window": True, "sliding_window": window}
+        (path / "config.json").write_text(json.dumps(config | sliding))
+    loaded = loading.load(ModelConfig(path=str(path)), path, torch.float32)
+    for name, parameter in loaded.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data.fill_(0.7)
+    return Policy(loaded, 16)
+
+
+def losses(policy: Policy, batch: MicroBatch, position_ids: np.ndarray | None = None) -> torch.Tensor:
+    positions = batch.position_ids if position_ids is None else position_ids
+    arrays = (batch.input_ids, positions, batch.target_positions, batch.target_ids)
+    return -policy(*(torch.from_numpy(a) for a in arrays))
+
+
+@pytest.mark.parametrize("family", ["mimo", "qwen3_moe", "qwen3_moe_window"])
+def test_packed_gradient_is_that_of_documents_alone(family: str, tmp_path: Path) -> None:
+    """Loss and gradient in float32, full attention and sliding windows, documents longer than the window."""
+    policy = windowed(family, tmp_path / "model", WINDOW)
+
+    def loss_and_gradient(rows: list[list[int]], packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        policy.zero_grad()
+        total = 0.0
+        for row in rows:
+            loss = losses(policy, collate(samples(), [row], [""], packed=packed)).sum() / sum(LENGTHS)
+            loss.backward()
+            total += float(loss.detach())
+        return total, {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+    alone, gradient = loss_and_gradient([[i] for i in range(len(LENGTHS))], packed=False)
+    packed_loss, packed_gradient = loss_and_gradient([[0, 1, 2], [3, 4]], packed=True)
+    assert packed_loss == pytest.approx(alone, abs=1e-6) and gradient.keys() == packed_gradient.keys()
+    for name, value in gradient.items():
+        torch.testing.assert_close(packed_gradient[name], value, atol=2e-6, rtol=1e-4)
+
+    # Both controls would show: documents that are not told apart, and a window that is not applied.
+    batch = collate(samples(), [[0, 1, 2]], [""], packed=True)
+    second = torch.from_numpy(batch.sequence_ids == 1)
+    with torch.no_grad():
+        right, mixed = losses(policy, batch), losses(policy, batch, np.arange(72)[None])
+        assert (right - mixed)[second].abs().max() > 1e-3
+        wide = losses(windowed(family, tmp_path / "wide", 500), batch)
+    assert ((right - wide).abs().max() > 1e-3) == (family != "qwen3_moe")

@@ -86,7 +86,9 @@ def run(
         tools = EpisodeTools(
             sample=engine.sample,
             decode=lambda token_ids: " ".join(map(str, token_ids.tolist())),
-            encode_reply=lambda before, reply, tools: np.array([90 + len(reply), 91], dtype=np.int32),
+            encode_reply=lambda before, reply, tools, options: np.array(
+                [90 + len(reply), 91], dtype=np.int32
+            ),
             max_model_len=max_model_len,
             environment=environment,
             calls=asyncio.Semaphore(2),

@@ -198,6 +198,10 @@ def test_held_out_prompts_that_are_trained_on_are_noted(world):
         ("rl", ["data.eval_path={world}/heldout.jsonl"], "data.eval_path='{world}/heldout.jsonl': nothing is evaluated on it"),
         ("mopd", ["data.eval_sources.x.path={world}/heldout.jsonl"], "data.eval_sources=['x']: nothing is evaluated on it"),
         ("pipeline", ["sft_data.eval_path={world}/heldout.jsonl"], "sft_data.eval_path='{world}/heldout.jsonl': nothing is evaluated"),
+        ("sft", ["data.eval_path={world}/chats.jsonl"], "data.eval_path='{world}/chats.jsonl': nothing is evaluated on it; give algorithm.validate_every"),
+        ("sft", ["algorithm.validate_every=5"], "data.eval_path=None: no data"),
+        ("sft", ["algorithm.validate_every=5", "data.eval_path={world}/heldout.jsonl"], "heldout.jsonl:1: messages: a conversation to train on must end"),
+        ("pipeline", ["sft.algorithm.validate_every=5"], "sft.algorithm.validate_every=5: no held-out demonstrations; give sft_data.eval_path"),
         ("rl", ["eval.every_steps=5"], "data.eval_path=None: no data"),
         ("mopd", ["eval.every_steps=5", "data.eval_path={world}/heldout.jsonl"], "eval.every_steps=5: an accuracy needs rewards"),
         ("rl", ["eval.every_steps=5", "data.eval_path={world}/heldout.jsonl", "eval.teachers=true"], "eval.teachers=True: only MOPD"),
@@ -211,6 +215,30 @@ def test_refusals(world, command, overrides, expected):
         assert "more than the 4 that the context leaves room for" in found and "prompts.jsonl:1" in found
     else:
         assert expected.format(world=world) in found
+
+
+def test_held_out_conversations(world, tmp_path):
+    rows = (world / "chats.jsonl").read_text().splitlines()
+    (tmp_path / "one.jsonl").write_text(rows[0] + "\n")  # of domain code
+    report = validate(
+        config(world, "sft", "algorithm.validate_every=5", f"data.eval_path={tmp_path}/one.jsonl")
+    )
+    assert report.num_conversations == {"code": 2, "math": 2}
+    assert report.num_eval_conversations == {"code": 1}
+    assert report.notes == ["1 held-out conversations also occur in the training data"]
+    stage = ["sft.algorithm.validate_every=5", f"sft_data.eval_path={tmp_path}/one.jsonl"]
+    assert validate(config(world, "pipeline", *stage)).num_eval_conversations == {"code": 1}
+    found = refusal(world, "pipeline", *stage, "teachers.math.train=sft")
+    assert found.startswith(
+        "teachers.math.train='sft': the held-out conversations of sft_data have none of domain"
+    )
+
+
+@pytest.mark.parametrize("model", ["mimo", "qwen", "dense"])
+def test_defaults_of_sft_fit_every_model(world, model):
+    cfg = config(world, "sft", f"model.path={world}/{model}")
+    assert (cfg.learner.expert_bias_rate, cfg.learner.aux_loss_coef) == (None, None)
+    validate(cfg)
 
 
 def test_held_out_prompts_of_a_training_run(world, tmp_path):

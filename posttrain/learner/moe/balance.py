@@ -10,11 +10,27 @@ from torch import Tensor
 from posttrain.config import UserError
 from posttrain.learner.moe.replay import LiveRouting, RouterReplay
 
+DEFAULT_BIAS_RATE = 1e-4  # of SFT, MiMo-V2-Flash report
+DEFAULT_AUX_COEF = 1e-6
+
+
+def has_expert_bias(replay: RouterReplay | None) -> bool:
+    """Whether every router that learns has a correction bias."""
+    learned = [] if replay is None else [router for router in replay.routers if not router.is_table]
+    return bool(learned) and all(router.correction_bias() is not None for router in learned)
+
+
+def resolve_bias_rate(replay: RouterReplay | None, rate: float | None, frozen: bool) -> float:
+    """``learner.expert_bias_rate``, or what null means for this model. `UserError` as `require_expert_bias`."""
+    if rate is None:
+        return DEFAULT_BIAS_RATE if has_expert_bias(replay) and not frozen else 0.0
+    require_expert_bias(replay, rate)
+    return rate
+
 
 def require_expert_bias(replay: RouterReplay | None, rate: float) -> None:
     """`UserError` when ``learner.expert_bias_rate`` is set for a model whose routers have no correction bias."""
-    learned = [] if replay is None else [router for router in replay.routers if not router.is_table]
-    if rate != 0 and (not learned or any(router.correction_bias() is None for router in learned)):
+    if rate != 0 and not has_expert_bias(replay):
         raise UserError(
             f"learner.expert_bias_rate={rate!r}: this model's routers have no expert bias; "
             "give 0 (SFT can use learner.aux_loss_coef instead)"
