@@ -25,7 +25,7 @@ SPIKE_MARGIN = 0.5  # of |median|: a batch of a harder domain is no spike
 VALIDATIONS = 5  # fewer say nothing about their own noise
 VALIDATION_WINDOW = 12  # the last ones, whose noise counts
 VALIDATION_SIGMAS = 4.0
-VALIDATION_MARGIN = 0.02  # of the best validation loss
+VALIDATION_MARGIN = 0.02  # of the loss: what validation rises, and training falls, at least
 ZERO_CLASSES = "attention|norm|router|head|shared_expert|other"
 
 
@@ -205,8 +205,9 @@ class EarlyWarning:
             # Second differences see the noise alone, not the trend; they have six times its variance.
             slopes = [b - a for a, b in pairwise(losses[-VALIDATION_WINDOW:])]
             sigma = _sigma([b - a for a, b in pairwise(slopes)]) / math.sqrt(6)
-            limit = smooth[best] + max(VALIDATION_SIGMAS * sigma, VALIDATION_MARGIN * abs(smooth[best]))
-            falls = history[-1][1] < history[best + 2][1]
+            limit = smooth[best] + VALIDATION_SIGMAS * sigma + VALIDATION_MARGIN * abs(smooth[best])
+            before = history[best + 2][1]
+            falls = history[-1][1] < before - VALIDATION_MARGIN * abs(before)
             trouble = Trouble(
                 name="overfitting", metric=name, value=smooth[-1], high=limit, hint=VALIDATION_HINT
             )
