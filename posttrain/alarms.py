@@ -2,8 +2,9 @@
 
 A `Band` is fixed. A `Drift` is a band that a run makes for itself from its first steps, for numbers whose healthy value
 nobody knows beforehand. Every domain's share of the gradient is watched as well. Each alarm sounds once when its number
-leaves the band, and again only after it has been back inside. After a restart the steps on disk are shown to
-`Alarms.check` again, so that bands and silences are those of one run.
+leaves the band, and again only after it has been back inside; the signs of `posttrain.early_warning`, which many numbers
+can show, at most every `QUIET_STEPS` steps by name. After a restart the steps on disk are shown to `Alarms.check` again,
+so that bands and silences are those of one run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from posttrain.early_warning import EarlyWarning, Trouble
+
 FIRST_STEPS = 10  # that make a Drift's own band
 RECENT_STEPS = 3  # whose mean is compared with it: one odd batch is no drift
 STARVING_SHARE = 0.25  # of what a domain should have
 STARVING_STEPS = 5  # in a row
+QUIET_STEPS = 20  # between two early warnings of one name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +121,12 @@ ROLLOUT_BANDS = (
         high=0.05,
         hint="what fails is left out, and is seldom a fair sample; events.jsonl names the reasons",
     ),
+    Band(
+        name="no_mixed_groups",
+        metric="reward/mixed_groups",
+        low=1e-9,
+        hint="every group has equal rewards: nothing is learned; vary the prompts' difficulty or lower learner.lr",
+    ),
 )
 
 
@@ -128,32 +138,51 @@ class Alarms:
         bands: tuple[Band, ...] = REPLAY_BANDS + ROLLOUT_BANDS,
         drifts: tuple[Drift, ...] = HEALTH_DRIFTS,
     ) -> None:
+        self.early = EarlyWarning()
         self._bands = bands
         self._drifts = drifts
         self._own: dict[str, _Own] = {}
         self._hungry: dict[str, int] = {}  # domain -> steps in a row below its share
         self._sounding: set[str] = set()
+        self._num_checks = 0
+        self._last_warning: dict[str, int] = {}  # name -> check at which it last sounded
 
-    def check(self, metrics: Mapping[str, float | None]) -> list[tuple[str, str]]:
-        """(name, message) of the bands that the ``metrics`` of a step have left since the last call. A metric that is
-        None, as a NaN is on disk, counts as absent."""
+    def check(self, metrics: Mapping[str, float | None]) -> list[Trouble]:
+        """The bands that the ``metrics`` of a step have left since the last call. A metric that is None, as a NaN is on
+        disk, counts as absent, but for loss and gradient norm."""
+        self._num_checks += 1
         known = {name: value for name, value in metrics.items() if value is not None}
         new = []
-        for key, name, problem in [*self._fixed(known), *self._drifting(known), *self._starving(known)]:
-            if problem is None:
-                self._sounding.discard(key)
-            elif key not in self._sounding:
-                self._sounding.add(key)
-                new.append((name, problem))
+        for key, trouble in [*self._fixed(known), *self._drifting(known), *self._starving(known)]:
+            if self._is_new(key, trouble) and trouble is not None:
+                new.append(trouble)
+        for key, trouble in self.early.check(metrics):
+            last = self._last_warning.get(trouble.name) if trouble is not None else None
+            if last is not None and self._num_checks - last < QUIET_STEPS:
+                continue
+            if self._is_new(f"early/{key}", trouble) and trouble is not None:
+                self._last_warning[trouble.name] = self._num_checks
+                new.append(trouble)
         return new
 
-    def _fixed(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str, str | None]]:
+    def _is_new(self, key: str, trouble: Trouble | None) -> bool:
+        if trouble is None:
+            self._sounding.discard(key)
+            return False
+        if key in self._sounding:
+            return False
+        self._sounding.add(key)
+        return True
+
+    def _fixed(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
         for band in self._bands:
             value = metrics.get(band.metric)
-            problem = None if value is None else _outside(band.metric, value, band.low, band.high, band.hint)
-            yield band.name, band.name, problem
+            if value is None:
+                yield band.name, None
+                continue
+            yield band.name, _outside(band.name, band.metric, value, band.low, band.high, band.hint)
 
-    def _drifting(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str, str | None]]:
+    def _drifting(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
         for drift in self._drifts:
             for metric, value in metrics.items():
                 domain = metric.removeprefix(drift.before).removesuffix(drift.after)
@@ -170,9 +199,9 @@ class Alarms:
                     continue
                 low, high = _limits(drift, own.first)
                 hint = f"the first {FIRST_STEPS} steps had {min(own.first):.3g} to {max(own.first):.3g}; {drift.hint}"
-                yield metric, drift.name, _outside(metric, sum(own.recent) / RECENT_STEPS, low, high, hint)
+                yield metric, _outside(drift.name, metric, sum(own.recent) / RECENT_STEPS, low, high, hint)
 
-    def _starving(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str, str | None]]:
+    def _starving(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
         if not any(name.startswith("share/gradient/") for name in metrics):
             return  # no domain got any: that is another trouble
         for name, share in metrics.items():
@@ -183,12 +212,16 @@ class Alarms:
             got = metrics.get(f"share/gradient/{domain}", 0.0)
             hungry = self._hungry.get(domain, 0) + 1 if got < STARVING_SHARE * due else 0
             self._hungry[domain] = hungry
-            problem = (
-                f"share/gradient/{domain} is {got:.3g} and should be near {due:.3g}, {hungry} steps in a row: the domain"
+            starving = Trouble(
+                name="starving_domain",
+                metric=f"share/gradient/{domain}",
+                value=got,
+                low=STARVING_SHARE * due,
+                hint=f"it should be near {due:.3g}, {hungry} steps in a row: the domain"
                 " starves; algorithm.aggregation=token_mean_balanced gives it its share of the tokens, gap_following=true"
-                " follows its gap; no harm if it has reached its teacher or solves its prompts"
+                " follows its gap; no harm if it has reached its teacher or solves its prompts",
             )
-            yield f"starving/{domain}", "starving_domain", problem if hungry >= STARVING_STEPS else None
+            yield f"starving/{domain}", starving if hungry >= STARVING_STEPS else None
 
 
 def _limits(drift: Drift, first: list[float]) -> tuple[float, float]:
@@ -197,9 +230,8 @@ def _limits(drift: Drift, first: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def _outside(metric: str, value: float, low: float, high: float, hint: str) -> str | None:
+def _outside(name: str, metric: str, value: float, low: float, high: float, hint: str) -> Trouble | None:
     """What is wrong, None if nothing. NaN is above every band."""
     if low <= value <= high:
         return None
-    side, limit = ("below", low) if value < low else ("above", high)
-    return f"{metric} is {value:.3g}, {side} {limit:g}: {hint}"
+    return Trouble(name=name, metric=metric, value=value, low=low, high=high, hint=hint)

@@ -14,19 +14,20 @@ The driver holds object references and scalars; tokens, routes and scores go fro
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
 
 from posttrain.advantages import group_advantages, overlong_penalties
-from posttrain.alarms import Alarms
 from posttrain.clock import Clock
-from posttrain.config import Dtype, Overlong, PolicyAlgorithm, UserError
+from posttrain.config import AlarmAction, Dtype, Overlong, PolicyAlgorithm, UserError
 from posttrain.held_out import HeldOut
 from posttrain.learner.group import LearnerGroup
 from posttrain.live_teachers import LiveTeachers
+from posttrain.monitor import Monitor
 from posttrain.preflight import NUM_TEXTS
 from posttrain.records import (
     GroupSummary,
@@ -66,6 +67,7 @@ class PolicyLoop:
         decode: token ids to text with special tokens, for the written samples.
         held_out: evaluates the policy now and then; None: never.
         gaps: what the domains' mean |advantage| was so far, see `state`.
+        alarms: what is done about an alarm, by name.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class PolicyLoop:
         rollout_every_steps: int,
         held_out: HeldOut | None = None,
         gaps: GapFollower | None = None,
+        alarms: Mapping[str, AlarmAction] | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.loss = loss
@@ -116,14 +119,13 @@ class PolicyLoop:
         self.num_quarantined = len(rollouts.quarantined)  # of former stages on the same workers
         self.num_restarts = rollouts.num_restarts
         self.probe_limit: float | None = None  # set by the first push
-        self.alarms = Alarms()
+        self.alarms = alarms or {}
 
     def run(self, first_step: int) -> None:
         """Train steps ``first_step .. algorithm.steps`` (1-indexed, inclusive)."""
         last_step = self.algorithm.steps
         self.update_weights(policy_version=first_step - 1)
-        for row in read_jsonl(self.folder.path / "metrics.jsonl"):
-            self.alarms.check(row)  # heard before the restart
+        monitor = Monitor(self.alarms, self.tracker, read_jsonl(self.folder.path / "metrics.jsonl"))
         if self.held_out is not None and first_step == 1:
             self.tracker.log(0, self.held_out.measure_start(lambda: self.update_weights(0), self.sort_in))
         for step in range(first_step, last_step + 1):
@@ -148,7 +150,8 @@ class PolicyLoop:
                     mismatch = self.learner.mismatch(samples)
                 metrics |= {f"replay_check/{name}": value for name, value in mismatch.items()}
             with clock("train"):
-                metrics |= self.learner.train_step(samples, self.loss, step, self.algorithm.updates_per_batch)
+                loss = replace(self.loss, max_loss=monitor.max_loss)
+                metrics |= self.learner.train_step(samples, loss, step, self.algorithm.updates_per_batch)
             if metrics.get("replay/rejected"):
                 for name, reason in self.learner.rejected().items():
                     self.tracker.event(
@@ -163,13 +166,13 @@ class PolicyLoop:
                     metrics |= self.held_out.metrics(self.sort_in)
             if self.rollout_samples and is_sampled_step:
                 self.write_samples(wave, step)
-            for name, message in self.alarms.check(metrics):
-                self.tracker.event("alarm", name=name, step=step, message=message)
+            save_now = monitor.check(step, metrics)
             # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
             metrics["rollout/restarts"] = float(self.rollouts.num_restarts - self.num_restarts)
             self.tracker.log(step, metrics | clock.metrics(num_tokens=metrics["tokens/all"]))
-            if step % self.checkpoint_every == 0 or step == last_step:
+            if step % self.checkpoint_every == 0 or step == last_step or save_now:
                 self.folder.save(step, self.learner.save_checkpoint, self.state())
+            monitor.end()
 
     def state(self) -> dict[str, Any]:
         """The driver's part of a checkpoint, JSON-able."""
@@ -367,13 +370,6 @@ class PolicyLoop:
             metrics["reward/overlong_penalty"] = float(np.mean(penalties))
         if self.loss.alpha != 0:
             metrics["reward/mixed_groups"] = num_mixed / len(wave.done)
-            if num_mixed == 0:
-                self.tracker.event(
-                    "alarm",
-                    name="no_mixed_groups",
-                    step=step,
-                    message="every group has equal rewards: nothing is learned; vary the prompts' difficulty or lower learner.lr",
-                )
         return samples, metrics
 
     def overlong_penalties(self, summary: GroupSummary) -> np.ndarray:

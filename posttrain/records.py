@@ -228,6 +228,7 @@ class LossSettings:
     teacher_clip: float = 5.0
     clip_low: float = 0.2
     clip_high: float = 0.28
+    max_loss: float = float("inf")  # of a batch: above it no optimizer step is made
 
 
 @dataclass(kw_only=True, slots=True)

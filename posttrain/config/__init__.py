@@ -16,8 +16,10 @@ from posttrain.config.algorithms import (
 )
 from posttrain.config.choices import (
     ACCEPTABLE,
+    ALARMS,
     Advantage,
     Aggregation,
+    AlarmAction,
     BadRow,
     Correction,
     Dtype,
@@ -70,10 +72,12 @@ from posttrain.config.sections import (
 
 __all__ = [
     "ACCEPTABLE",
+    "ALARMS",
     "CLIPS",
     "RUNS",
     "Advantage",
     "Aggregation",
+    "AlarmAction",
     "BadRow",
     "CheckpointConfig",
     "Correction",

@@ -94,6 +94,35 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
+class AlarmAction(StrEnum):
+    warn = "warn"
+    save = "save"
+    stop = "stop"
+    skip = "skip"
+
+
+# Alarms that a run can sound (`posttrain.alarms`, `posttrain.early_warning`).
+ALARMS = (
+    "nan",
+    "loss_spike",
+    "imbalance",
+    "dead_experts",
+    "overfitting",
+    "gradient_underflow",
+    "truncation",
+    "repetition",
+    "entropy",
+    "length",
+    "starving_domain",
+    "no_mixed_groups",
+    "rollouts_fail",
+    "route_mismatch",
+    "mismatch_k3",
+    "mismatch_f2",
+    "routes_rejected",
+)
+SKIPPABLE = ("nan", "loss_spike")  # known before the optimizer step
+
 # Gates of the preflight whose red line a config may accept by name (`teachers.gates` says what each looks at).
 ACCEPTABLE = (
     "vocabulary",

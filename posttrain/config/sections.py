@@ -9,6 +9,9 @@ from omegaconf import MISSING
 
 from posttrain.config.choices import (
     ACCEPTABLE,
+    ALARMS,
+    SKIPPABLE,
+    AlarmAction,
     BadRow,
     Dtype,
     OnUpdate,
@@ -405,8 +408,21 @@ class TrackingConfig:
     """Rollouts per step written to rollouts/ with their per-token scores."""
     rollout_every_steps: int = 10
     """Steps between written samples, and between measurements of what replay does (mismatch with and without)."""
+    alarms: dict[str, AlarmAction] = field(default_factory=lambda: {"nan": AlarmAction.skip})
+    """What is done about an alarm, by name: warn (the default of all but nan), save (a checkpoint at once), stop (a
+    checkpoint, then the end), skip (nan, loss_spike: no optimizer step on the batch). A gradient that is not finite is
+    never applied, whatever stands here."""
 
     def __post_init__(self) -> None:
+        for name, action in self.alarms.items():
+            key = f"tracking.alarms.{name}"
+            require(name in ALARMS, key, str(action), f"no such alarm; choose among {', '.join(ALARMS)}")
+            require(
+                action is not AlarmAction.skip or name in SKIPPABLE,
+                key,
+                str(action),
+                f"only {' and '.join(SKIPPABLE)} are known before the optimizer step; choose warn, save or stop",
+            )
         require_at_least(1, "tracking", self, "rollout_every_steps")
         require_at_least(0, "tracking", self, "rollout_samples")
 

@@ -260,15 +260,21 @@ def compare(learner: LearnerGroup, rollouts: Sequence[Rollout]) -> checks.Compar
 def train_routers(learner: LearnerGroup, rollouts: Sequence[Rollout]) -> Finding:
     """One step under replay; a step with weight 0 before it, whose gradient is 0 everywhere, counts the elements. Comes
     last, because it changes the weights."""
-    from posttrain.learner.errors import NonFiniteGradientError, RecordError
+    from posttrain.learner.errors import NonFiniteRouterError, RecordError
 
     loss = LossSettings(kind="policy_gradient", alpha=1.0, correction="off")
     weight = 1.0 / sum(int(r.loss_mask.sum()) for r in rollouts)
     try:
         silent = learner.train_step(references(rollouts), loss, 1)
         trained = learner.train_step(references(rollouts, weight=weight), loss, 2)
-    except (RecordError, NonFiniteGradientError) as error:
+    except (RecordError, NonFiniteRouterError) as error:
         return Finding(name="router gradient", value="the learner refuses the step", way_out=str(error))
+    if silent["skipped"] or trained["skipped"]:
+        return Finding(
+            name="router gradient",
+            value="the learner refuses the step",
+            way_out="the gradient holds NaN or infinity: the checkpoint or learner.dtype is broken for this model",
+        )
     key = "num_zeros/router"
     finding = checks.check_gradient(trained.get(key), silent.get(key), trained["grad_norm"])
     if rejected := int(trained.get("replay/rejected", 0)):

@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 from posttrain.config import Dtype, LearnerConfig, UserError
@@ -119,14 +120,16 @@ def local_gradients(engine: Any) -> list[Tensor]:
 
 
 def gradient_norm(engine: Any) -> float:
-    """Global L2 norm of the gradient of the whole batch before clipping; NaN or infinity if any element is."""
+    """Global L2 norm of the gradient of the whole batch before clipping, the same on every rank; NaN or infinity if any
+    element is."""
     gradients = local_gradients(engine)
     device = engine.device
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in gradients:
         squares += gradient.detach().float().norm().double() ** 2
-    if engine.zero_optimization_stage() > 0:
-        dist.all_reduce(squares)
+    dist.all_reduce(squares)  # without ZeRO every rank has it all; still they must agree on NaN
+    if engine.zero_optimization_stage() == 0:
+        squares /= dist.get_world_size()
     return float(squares.sqrt())
 
 
@@ -142,6 +145,7 @@ def clear_gradients(engine: Any) -> None:
     if engine.zero_optimization_stage() == 3:
         optimizer.averaged_gradients = {}
         return
+    optimizer.micro_step_id = INITIAL_MICRO_STEP_ID  # as `step` does, which may be left out
     for group in list(optimizer.averaged_gradients):
         optimizer.averaged_gradients[group] = None
         optimizer.all_grad_tensors[group] = None

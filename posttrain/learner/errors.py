@@ -11,9 +11,5 @@ class RouteError(RecordError):
     """A record whose routes are missing or cannot be of this model. The rest of it is in order."""
 
 
-class NonFiniteGradientError(RuntimeError):
-    """The gradient of a step held NaN or infinity. The weights are those from before the step."""
-
-
-class NonFiniteRouterError(NonFiniteGradientError):
-    """A router computed NaN, with which no expert can be chosen or weighted."""
+class NonFiniteRouterError(RuntimeError):
+    """A router computed NaN, with which no expert can be chosen or weighted. The weights are those from before the step."""

@@ -17,7 +17,7 @@ from ray.exceptions import RayTaskError
 from posttrain.config import Dtype, LearnerConfig, ModelConfig, UserError
 from posttrain.learner.actor import actor_class
 from posttrain.learner.batching import RankBatch, plan
-from posttrain.learner.errors import NonFiniteGradientError, RecordError
+from posttrain.learner.errors import NonFiniteRouterError, RecordError
 from posttrain.records import LossSettings, PolicyInfo, SampleRef, TrainingSample
 
 
@@ -77,7 +77,8 @@ class LearnerGroup:
         """``updates`` optimizer steps on ``samples``; ``step`` (1-indexed) sets the learning rate. Returns metrics.
 
         The loss is the sum over loss tokens of weight * token loss, whatever the cut. Raises `RecordError` for a
-        record that lacks something and `NonFiniteGradientError`; weights are then as before.
+        record that lacks something and `NonFiniteRouterError`; weights are then as before, and so they are after an
+        update that ``skipped`` counts: one whose gradient is not finite, or whose loss is above ``loss.max_loss``.
         """
         assert samples, "a step needs samples"
         return self._call_each("train_step", self._batches(samples), loss, step, updates)[0]
@@ -174,7 +175,7 @@ class LearnerGroup:
                 ray.get(done)
             return ray.get(calls)
         except RayTaskError as error:
-            if isinstance(error.cause, UserError | RecordError | NonFiniteGradientError):
+            if isinstance(error.cause, UserError | RecordError | NonFiniteRouterError):
                 raise error.cause from error
             raise
 

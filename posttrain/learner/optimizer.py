@@ -51,8 +51,10 @@ def learning_rate(learner: LearnerConfig, step: int, total_steps: int) -> float:
     return learner.lr * (learner.min_lr_ratio + (1.0 - learner.min_lr_ratio) * shape)
 
 
-def batch_rates(learner: LearnerConfig, step: int, updates: int, total_steps: int) -> list[float]:
+def batch_rates(
+    learner: LearnerConfig, step: int, updates: int, total_steps: int, skipped: int = 0
+) -> list[float]:
     """Rates of the ``updates`` optimizer steps on batch ``step`` (1-indexed), which has ``updates`` before it for every
-    earlier batch. ``total_steps`` counts optimizer steps."""
-    first = (step - 1) * updates + 1
+    earlier batch, less those that were ``skipped``. ``total_steps`` counts optimizer steps."""
+    first = (step - 1) * updates + 1 - skipped
     return [learning_rate(learner, first + i, total_steps) for i in range(updates)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.config import Dtype, LearnerConfig, ModelConfig, Replay, UserError
 from posttrain.learner import checkpoint, engine, export, losses, model
 from posttrain.learner.batching import MicroBatch, MicroBatchRows, RankBatch, collate
-from posttrain.learner.errors import NonFiniteGradientError, RecordError
+from posttrain.learner.errors import RecordError
 from posttrain.learner.losses import LossInputs
 from posttrain.learner.metrics import Totals, agree
 from posttrain.learner.moe import balance
@@ -101,6 +101,7 @@ class LearnerWorker:
         self.engine = engine.build(self.policy, learner)
         self.num_zeros = NumZeros(self.engine)
         self.trained = False
+        self.num_skipped = 0  # updates
         return self.info()
 
     def _load_model(self) -> None:
@@ -149,10 +150,11 @@ class LearnerWorker:
     def train_step(self, batch: RankBatch, loss: LossSettings, step: int, updates: int) -> dict[str, float]:
         """``updates`` optimizer steps on one batch; metrics of the whole batch, the same on every rank. ``lr``,
         ``grad_norm`` and the zeros are those of the last update. A rollout whose routes contradict the live routers
-        or are missing stays out of the loss, see `rejected`.
+        or are missing stays out of the loss, see `rejected`. An update whose gradient or loss is not finite, or whose
+        loss is above ``loss.max_loss``, is not made: ``skipped`` counts them, and the next one has its learning rate.
 
         Raises `RecordError` for a bad record, for a token without a route, or where many rollouts are rejected, and
-        `NonFiniteGradientError`, all before weights change.
+        `NonFiniteRouterError`, all before weights change.
         """
         replayed = self._replays(loss)
         watch = self._route_watch() if replayed else None
@@ -160,11 +162,15 @@ class LearnerWorker:
         micro_batches = self._micro_batches(batch, self._expected(loss, replayed), rejected)
         self.engine.train()
         old = [self._score(b) for b in micro_batches] if updates > 1 else [None] * len(micro_batches)
-        totals, metrics = Totals(), {}
-        for rate in batch_rates(self.learner, step, updates, self.total_steps):
+        totals, metrics, before = Totals(), {}, self.num_skipped
+        for index in range(updates):
+            rate = batch_rates(self.learner, step, updates, self.total_steps, self.num_skipped)[index]
+            own = totals.sums.get("loss", 0.0)
             counts = self._accumulate(micro_batches, old, batch, loss, totals, watch)
             self._check_routes(watch, batch.num_samples)
-            metrics = self._update(step, rate, counts)
+            is_usable = self._is_usable(totals.sums.get("loss", 0.0) - own, loss.max_loss)
+            metrics = self._update(rate, counts, is_usable)
+        metrics["skipped"] = float(self.num_skipped - before)
         if watch is not None:
             self._rejected = watch.rejected
             totals.add_sum("replay/rejected", len(watch.rejected))
@@ -240,24 +246,30 @@ class LearnerWorker:
         """Rollouts of this rank that the last train step kept out of the loss: name -> reason."""
         return self._rejected
 
-    def _update(self, step: int, rate: float, counts: Tensor | None) -> dict[str, float]:
-        """Checks the gradient, counts its zeros, steps, clears it, moves the expert bias."""
+    def _is_usable(self, own: float, max_loss: float) -> bool:
+        """Whether the loss of an update, of which ``own`` is this rank's part, is finite and at most ``max_loss``."""
+        total = torch.tensor(own, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return bool(torch.isfinite(total) & (total <= max_loss))
+
+    def _update(self, rate: float, counts: Tensor | None, is_usable: bool) -> dict[str, float]:
+        """Checks the gradient, counts its zeros, steps, clears it, moves the expert bias. Where the gradient is not finite
+        or the loss not ``is_usable``, weights, optimizer and bias stay as they are, on every rank."""
         norm = engine.gradient_norm(self.engine)
-        if not np.isfinite(norm):
-            engine.clear_gradients(self.engine)
-            raise NonFiniteGradientError(
-                f"step {step}: the gradient holds NaN or infinity; the weights were not changed. "
-                "Lower learner.lr or look for bad records in the batch"
-            )
-        zeros = self.num_zeros.count()
-        engine.set_learning_rate(self.engine, rate)
-        self.engine.step()
-        engine.clear_gradients(self.engine)
-        self.trained = True
-        metrics = {"grad_norm": norm, "lr": rate, **zeros}
-        if counts is not None and self.replay is not None:
+        if counts is not None:
             dist.all_reduce(counts)
-            balance.update_expert_bias(self.replay, counts, self.bias_rate)
+        metrics = {"grad_norm": norm, "lr": rate}
+        if not (is_usable and np.isfinite(norm)):
+            self.num_skipped += 1
+        else:
+            metrics |= self.num_zeros.count()
+            engine.set_learning_rate(self.engine, rate)
+            self.engine.step()
+            self.trained = True
+            if counts is not None and self.replay is not None:
+                balance.update_expert_bias(self.replay, counts, self.bias_rate)
+        engine.clear_gradients(self.engine)
+        if counts is not None:
             metrics["balance/max_vio"] = float(balance.max_violation(counts).mean())
         return metrics
 
@@ -328,14 +340,14 @@ class LearnerWorker:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Training state; see `checkpoint.save`."""
-        checkpoint.save(folder, self.engine, self.learner)
+        checkpoint.save(folder, self.engine, self.learner, self.num_skipped)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Training state back; see `checkpoint.load`."""
         checkpoint.check(folder, self.policy, self.learner)
         if self.trained:  # DeepSpeed loads into an engine that has not trained yet
             self.reset(self.learner, self.model_config, self.total_steps, self.seed)
-        checkpoint.load(folder, self.engine, self.learner)
+        self.num_skipped = checkpoint.load(folder, self.engine, self.learner)
         self.trained = True
 
     # ---- parts ----

@@ -121,6 +121,7 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
                 rollout_every_steps=cfg.tracking.rollout_every_steps,
                 held_out=held_out(cfg, held_out_prompts, rollouts, rewards, folder, taught),
                 gaps=gaps,
+                alarms=cfg.tracking.alarms,
             )
             loop.run(first_step)
             folder.write_json("replay.json", replay_report(read_jsonl(folder.path / "metrics.jsonl")))

@@ -12,10 +12,12 @@ from posttrain.config import SFTRun, UserError
 from posttrain.data.sources import load_conversations, sources_of
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
+from posttrain.monitor import Monitor
 from posttrain.records import LossSettings, SampleRef, TrainingSample
 from posttrain.run_folder import RunFolder, plain
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
+from posttrain.tracking.jsonl import read_jsonl
 from posttrain.validation import Validation
 
 
@@ -52,6 +54,7 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
             first_step - 1,
             ["loss", "grad_norm"],
         ) as tracker:
+            monitor = Monitor(cfg.tracking.alarms, tracker, read_jsonl(folder.path / "metrics.jsonl"))
             for step in range(first_step, cfg.algorithm.steps + 1):
                 if validation.stop:
                     break
@@ -59,9 +62,8 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
                 drawn = scheduler.draw(cfg.algorithm.batch_size)
                 scheduler.trained(d.group_id for d in drawn)
                 with clock("train"):
-                    metrics = learner.train_step(
-                        batch([d.item for d in drawn]), LossSettings(kind="sft"), step
-                    )
+                    loss = LossSettings(kind="sft", max_loss=monitor.max_loss)
+                    metrics = learner.train_step(batch([d.item for d in drawn]), loss, step)
                 with clock("validate"):
                     metrics |= validation.metrics(step)
                 if validation.stop:
@@ -70,12 +72,14 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
                         step=step,
                         message=f"step {step}: no lower loss in {cfg.algorithm.early_stop_patience} validations",
                     )
+                save_now = monitor.check(step, metrics) or validation.stop
                 # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
                 tracker.log(step, metrics | clock.metrics(num_tokens=metrics["num_tokens"]))
-                if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps or validation.stop:
+                if step % cfg.checkpoint.every_steps == 0 or step == cfg.algorithm.steps or save_now:
                     state = {"scheduler": scheduler.state(), "validation": validation.state()}
                     folder.save(step, learner.save_checkpoint, state)
                     validation.prune()
+                monitor.end()
             validation.save_model()
     folder.finish()
     return str(folder.model)

@@ -59,8 +59,11 @@ class Tracker:
             self._console.log(step, values)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Record an alarm, restart, preflight row or the like. A field ``message`` is also shown on screen."""
+        """Record an alarm, restart, preflight row or the like. A field ``message`` is also shown on screen; an alarm is an
+        alert of wandb too."""
         self._events.write(kind, fields)
+        if self._wandb is not None and kind == "alarm":
+            self._wandb.alert(fields["name"], fields["message"])
         if self._console is not None and "message" in fields:
             self._console.message(f"{kind}: {fields['message']}")
 

@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.config import TrackingConfig, UserError, WandbMode
 
 ID_FILE = "wandb_id"
+ALERT_QUIET_S = 900
 
 
 def check_account(cfg: TrackingConfig) -> None:
@@ -62,6 +63,10 @@ class WandbSink:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({"step": step, **metrics})
+
+    def alert(self, name: str, text: str) -> None:
+        """A notice by mail or chat, as the account has it; one of the same ``name`` is quiet for `ALERT_QUIET_S`."""
+        self._run.alert(name, text, level="WARN", wait_duration=ALERT_QUIET_S)
 
     def finish(self, failed: bool = False) -> None:
         self._run.finish(exit_code=int(failed))

@@ -11,10 +11,13 @@ from posttrain.alarms import (
     HEALTH_DRIFTS,
     RECENT_STEPS,
     REPLAY_BANDS,
+    ROLLOUT_BANDS,
     STARVING_STEPS,
     Alarms,
     Band,
 )
+from posttrain.config import ALARMS
+from posttrain.early_warning import WATCHES, Trouble
 
 BAND = Band(name="x", metric="x", low=0.5, high=1.0, hint="mind it")
 HEALTHY = {
@@ -26,18 +29,22 @@ HEALTHY = {
 STEP = {"truncated/math": 0.02, "repeated/math": 0.0, "math/entropy": 0.4, "length/math": 30.0}
 
 
+def said(found: list[Trouble]) -> list[tuple[str, str]]:
+    return [(trouble.name, trouble.message) for trouble in found]
+
+
 def test_once_per_excursion_on_both_sides() -> None:
     alarms = Alarms((BAND,), ())
     assert alarms.check({"x": 1.0}) == alarms.check({"x": 0.5}) == []
-    assert alarms.check({"x": 1.5}) == [("x", "x is 1.5, above 1: mind it")]
+    assert said(alarms.check({"x": 1.5})) == [("x", "x is 1.5, above 1: mind it")]
     assert alarms.check({"x": 2.0}) == []
     assert alarms.check({"x": 0.7}) == []
-    assert alarms.check({"x": 0.25}) == [("x", "x is 0.25, below 0.5: mind it")]
+    assert said(alarms.check({"x": 0.25})) == [("x", "x is 0.25, below 0.5: mind it")]
 
 
 def test_nan_sounds_and_an_absent_number_does_not() -> None:
     assert Alarms((BAND,), ()).check({}) == Alarms((BAND,), ()).check({"x": None}) == []
-    assert [name for name, _ in Alarms((BAND,), ()).check({"x": math.nan})] == ["x"]
+    assert [t.name for t in Alarms((BAND,), ()).check({"x": math.nan})] == ["x"]
 
 
 def test_a_healthy_step_of_the_tiny_pipeline_is_silent() -> None:
@@ -48,7 +55,7 @@ def test_a_healthy_step_of_the_tiny_pipeline_is_silent() -> None:
 
 def sounded(steps: list[dict[str, float]]) -> list[tuple[int, str, str]]:
     alarms = Alarms()
-    return [(i, name, text) for i, step in enumerate(steps) for name, text in alarms.check(step)]
+    return [(i, name, text) for i, step in enumerate(steps) for name, text in said(alarms.check(step))]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_a_number_that_goes_and_comes_again_sounds_again() -> None:
 def test_bands_and_silences_survive_a_restart() -> None:
     steps = [STEP] * FIRST_STEPS + [STEP | {"length/math": 100.0}] * 20
     resumed = Alarms()
-    before = [name for step in steps[:20] for name, _ in resumed.check(step)]  # as read from metrics.jsonl
+    before = [t.name for step in steps[:20] for t in resumed.check(step)]  # as read from metrics.jsonl
     assert before == ["length"]
     assert [alarm for step in steps[20:] for alarm in resumed.check(step)] == []
 
@@ -99,7 +106,7 @@ def test_a_starving_domain() -> None:
     """Open-MOPD: 20 % of the prompts, 1 % of the gradient."""
     found = sounded([shares(0.01)] * (STARVING_STEPS + 3))
     assert [(i, name) for i, name, _ in found] == [(STARVING_STEPS - 1, "starving_domain")]
-    assert "share/gradient/math is 0.01 and should be near 0.2" in found[0][2]
+    assert "share/gradient/math is 0.01, below 0.05: it should be near 0.2" in found[0][2]
     assert "token_mean_balanced" in found[0][2]
 
 
@@ -118,3 +125,9 @@ def test_a_target_share_counts_instead_of_the_prompts() -> None:
 def test_a_domain_that_never_reaches_the_loss_starves() -> None:
     step = {"share/prompts/math": 0.5, "share/prompts/code": 0.5, "share/gradient/code": 1.0}
     assert [name for _, name, _ in sounded([step] * 6)] == ["starving_domain"]
+
+
+def test_the_configuration_knows_every_alarm() -> None:
+    tables = (*REPLAY_BANDS, *ROLLOUT_BANDS, *HEALTH_DRIFTS, *WATCHES)
+    names = {entry.name for entry in tables} | {"nan", "loss_spike", "starving_domain"}
+    assert names == set(ALARMS)

@@ -154,6 +154,13 @@ def test_later_wins_and_an_entry_can_be_removed():
         ("pipeline", "rl.algorithm.signal=top_k", "rl.algorithm.signal='top_k': it is the teacher's"),
         ("sft", "data.sources.a.weight=1", "data.sources.a.path is missing: give data.sources.a.path="),
         ("sft", "name=${nowhere}", "name: "),
+        ("sft", "tracking.alarms.nam=warn", "tracking.alarms.nam='warn': no such alarm; choose among nan,"),
+        ("sft", "tracking.alarms.nan=halt", "tracking.alarms.nan=halt: choose warn, save, stop or skip"),
+        (
+            "rl",
+            "tracking.alarms.length=skip",
+            "tracking.alarms.length='skip': only nan and loss_spike are known",
+        ),
     ],
 )
 def test_one_line_names_key_value_and_way_out(command, override, expected):

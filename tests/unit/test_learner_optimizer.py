@@ -40,6 +40,7 @@ def test_several_updates_a_batch_go_through_the_whole_schedule() -> None:
     assert batches[0] + batches[1] == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25, 0.0])
     assert batches[0] + batches[1] == [learning_rate(learner, update, 6) for update in range(1, 7)]
     assert [batch_rates(learner, step, 1, 6)[0] for step in range(1, 7)] == batches[0] + batches[1]
+    assert batch_rates(learner, 2, 3, 6, skipped=1) == [*batches[0][2:], *batches[1][:2]]
 
 
 def test_vectors_are_not_decayed_and_frozen_parameters_left_out() -> None:

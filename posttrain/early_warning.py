@@ -1,0 +1,244 @@
+"""Signs that a training run goes wrong, against a band that the run learns from its own first steps.
+
+Pure: metrics of a step in, troubles out. A number's band is the median of its first `WARM_UP` steps, wider by `SIGMAS`
+robust standard deviations (1.4826 * MAD, which one odd step does not move) or by a fixed margin, whichever is more. It
+has left the band when its last `RECENT` steps all have, so that neither one odd batch nor noise sounds. The loss has a
+band that moves with it, because it falls by itself. None of the constants is from a source.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+
+WARM_UP = 20  # steps that make a band: beyond the usual 10 of learning-rate warm-up, few enough to be early
+RECENT = 5  # steps in a row outside: an expert that misses three batches is not dead
+SIGMAS = 6.0  # five steps in a row never scatter so far, so most of this is left for slow drift
+MAD_TO_SIGMA = 1.4826  # for normal noise
+SPIKE_SIGMAS = 8.0  # one step alone is compared, and mixed batches have heavy tails
+SPIKE_MARGIN = 0.5  # of |median|: a batch of a harder domain is no spike
+VALIDATIONS = 5  # fewer say nothing about their own noise
+VALIDATION_WINDOW = 12  # the last ones, whose noise counts
+VALIDATION_SIGMAS = 4.0
+VALIDATION_MARGIN = 0.02  # of the loss: what validation rises, and training falls, at least
+ZERO_CLASSES = "attention|norm|router|head|shared_expert|other"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watch:
+    """Metrics whose whole name matches ``pattern`` should not leave their learned band on ``side``, which is wider than
+    their median by ``sigmas``, by ``relative`` times the median, or by ``absolute``, whichever is most."""
+
+    name: str
+    pattern: str
+    side: str  # "above" | "below"
+    relative: float = 0.0
+    absolute: float = 0.0
+    sigmas: float = SIGMAS
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trouble:
+    """A number outside of its band [low, high]. ``layer`` is None where the number belongs to no single layer."""
+
+    name: str
+    metric: str
+    value: float
+    low: float = float("-inf")
+    high: float = float("inf")
+    hint: str
+
+    @property
+    def layer(self) -> int | None:
+        found = re.search(r"/layer_(\d+)$", self.metric)
+        return int(found.group(1)) if found else None
+
+    @property
+    def message(self) -> str:
+        if not math.isfinite(self.value):
+            return f"{self.metric} is {self.value}: {self.hint}"
+        side, limit = ("below", self.low) if self.value < self.low else ("above", self.high)
+        return f"{self.metric} is {self.value:.3g}, {side} {limit:.3g}: {self.hint}"
+
+
+BALANCE = "in SFT raise learner.aux_loss_coef or learner.expert_bias_rate, in RL and MOPD learner.freeze_router=true keeps"
+WATCHES = (
+    Watch(
+        name="imbalance",
+        pattern=r"(balance|experts)/max_vio.*",
+        side="above",
+        relative=0.5,
+        absolute=0.5,  # half a mean load more on the fullest expert
+        hint=f"the load of the experts gets less even; {BALANCE} the routing, or lower learner.lr",
+    ),
+    Watch(
+        name="imbalance",
+        pattern="num_zeros/routed_expert",
+        side="above",
+        relative=0.5,
+        absolute=0.05,  # of all elements
+        hint=f"(share of all elements) experts lose their gradient; {BALANCE} the routing, or lower learner.lr",
+    ),
+    Watch(
+        name="dead_experts",
+        pattern=r"num_zeros/dead_experts|experts/(starving|dying)(/.*)?",
+        side="above",
+        relative=0.5,
+        absolute=0.5,  # one expert more
+        hint=f"experts get no tokens any more; {BALANCE} the routing; a small batch looks the same",
+    ),
+    Watch(
+        name="overfitting",
+        # Without the experts: balance that improves lowers their zeros as well.
+        pattern=f"num_zeros/(embedding|{ZERO_CLASSES})",
+        side="below",
+        relative=0.25,
+        absolute=0.02,  # of all elements
+        hint="(share of all elements; MiMo: overfitting) stop at an earlier checkpoint, lower learner.lr, or bring more data",
+    ),
+    Watch(
+        name="gradient_underflow",
+        pattern=f"num_zeros/({ZERO_CLASSES})",
+        side="above",
+        relative=0.5,
+        absolute=0.01,  # of all elements
+        hint="(share of all elements) gradients outside of the experts vanish; try learner.dtype=float32, and see whether"
+        " rewards or teacher gaps are all equal",
+    ),
+    Watch(
+        name="gradient_underflow",
+        pattern="num_zeros/share",
+        side="above",
+        absolute=0.5,
+        hint="most gradients are exactly 0; try learner.dtype=float32, and see whether rewards or teacher gaps are all equal",
+    ),
+    Watch(
+        name="gradient_underflow",
+        pattern="grad_norm",
+        side="below",
+        relative=0.999,
+        sigmas=0.0,
+        hint="a thousandth of what it was: nothing is learned; try learner.dtype=float32, and see whether rewards or teacher"
+        " gaps are all equal",
+    ),
+)
+SPIKE_HINT = "look at this batch's rows, lower learner.lr or learner.grad_clip; tracking.alarms.loss_spike=skip leaves it out"
+VALIDATION_HINT = (
+    "the loss on held-out rows rises while that of training falls: go back to the checkpoint before, lower learner.lr or"
+    " algorithm.steps, or bring more data"
+)
+NAN_HINT = "no optimizer step was made, weights are as before; lower learner.lr, look for bad records, try learner.dtype=float32"
+
+
+@dataclass(kw_only=True, slots=True)
+class _Series:
+    first: list[float] = field(default_factory=list)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+
+class EarlyWarning:
+    """Remembers what the first steps, the last losses and the validations of a run were."""
+
+    def __init__(self) -> None:
+        self._series: dict[str, _Series] = {}
+        self._losses: deque[float] = deque(maxlen=WARM_UP)
+        self._validations: dict[str, list[tuple[float, float]]] = {}  # name -> (its loss, training loss then)
+
+    @property
+    def max_loss(self) -> float:
+        """Upper end of the band of the next step's loss; infinity while there is none."""
+        if len(self._losses) < WARM_UP:
+            return math.inf
+        middle = median(self._losses)
+        return middle + max(SPIKE_SIGMAS * _sigma(self._losses), SPIKE_MARGIN * abs(middle))
+
+    def check(self, metrics: Mapping[str, float | None]) -> Iterator[tuple[str, Trouble | None]]:
+        """(key of the band, what is wrong or None) of every band that the ``metrics`` of a step can be compared with.
+        None stands for NaN or infinity, as on disk."""
+        bad = [name for name in ("loss", "grad_norm") if name in metrics and not _is_finite(metrics[name])]
+        yield "nan", Trouble(name="nan", metric=bad[0], value=math.nan, hint=NAN_HINT) if bad else None
+        known = {name: value for name, value in metrics.items() if value is not None and _is_finite(value)}
+        if "loss" in known:
+            yield from self._spike(known["loss"])
+        if known.get("skipped"):
+            return  # the gradient of a batch that was left out says nothing
+        yield from self._learned(_shares(known))
+        yield from self._overfitting(known)
+
+    def _spike(self, loss: float) -> Iterator[tuple[str, Trouble | None]]:
+        limit = self.max_loss
+        trouble = Trouble(name="loss_spike", metric="loss", value=loss, high=limit, hint=SPIKE_HINT)
+        yield "loss_spike", trouble if loss > limit else None
+        self._losses.append(loss)
+
+    def _learned(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
+        for metric, value in metrics.items():
+            watches = [watch for watch in WATCHES if re.fullmatch(watch.pattern, metric)]
+            if not watches:
+                continue
+            series = self._series.setdefault(metric, _Series())
+            if len(series.first) < WARM_UP:
+                series.first.append(value)
+                continue
+            series.recent.append(value)
+            if len(series.recent) == RECENT:
+                for watch in watches:
+                    yield f"{watch.name}/{watch.side}/{metric}", _outside(watch, metric, series)
+
+    def _overfitting(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
+        for name in (name for name in metrics if name.startswith("validation/loss/")):
+            if not self._losses:
+                continue
+            history = self._validations.setdefault(name, [])
+            history.append((metrics[name], median(self._losses)))
+            if len(history) < VALIDATIONS:
+                continue
+            losses = [loss for loss, _ in history]
+            smooth = [median(losses[i - 2 : i + 1]) for i in range(2, len(losses))]
+            best = min(range(len(smooth)), key=smooth.__getitem__)
+            # Second differences see the noise alone, not the trend; they have six times its variance.
+            slopes = [b - a for a, b in pairwise(losses[-VALIDATION_WINDOW:])]
+            sigma = _sigma([b - a for a, b in pairwise(slopes)]) / math.sqrt(6)
+            limit = smooth[best] + VALIDATION_SIGMAS * sigma + VALIDATION_MARGIN * abs(smooth[best])
+            before = history[best + 2][1]
+            falls = history[-1][1] < before - VALIDATION_MARGIN * abs(before)
+            trouble = Trouble(
+                name="overfitting", metric=name, value=smooth[-1], high=limit, hint=VALIDATION_HINT
+            )
+            yield name, trouble if smooth[-1] > limit and falls else None
+
+
+def _outside(watch: Watch, metric: str, series: _Series) -> Trouble | None:
+    middle = median(series.first)
+    now = max(series.recent) if watch.side == "below" else min(series.recent)
+    width = max(watch.sigmas * _sigma(series.first), watch.relative * abs(middle), watch.absolute)
+    low = middle - width if watch.side == "below" else -math.inf
+    high = middle + width if watch.side == "above" else math.inf
+    if low <= now <= high:
+        return None
+    hint = f"{RECENT} steps in a row; the first {WARM_UP} had {middle:.3g}; {watch.hint}"
+    return Trouble(name=watch.name, metric=metric, value=now, low=low, high=high, hint=hint)
+
+
+def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The zeros of each module class as a share of all elements: a margin needs a scale."""
+    total, share = metrics.get("num_zeros/total", 0.0), metrics.get("num_zeros/share", 0.0)
+    scale = share / total if total > 0 else 0.0
+    classes = rf"num_zeros/(embedding|routed_expert|{ZERO_CLASSES})"
+    return {name: v * scale if re.fullmatch(classes, name) else v for name, v in metrics.items()}
+
+
+def _sigma(values: deque[float] | list[float]) -> float:
+    """Robust standard deviation."""
+    middle = median(values)
+    return MAD_TO_SIGMA * median(abs(value - middle) for value in values)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

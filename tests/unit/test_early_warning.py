@@ -1,0 +1,209 @@
+"""Planted trouble is named within 20 steps of its start; healthy noisy runs of many shapes are silent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from posttrain.alarms import QUIET_STEPS, Alarms
+from posttrain.early_warning import WARM_UP, EarlyWarning, Trouble
+
+START = 60  # step at which the trouble begins
+Step = dict[str, float | None]
+N = 1e6  # elements
+
+
+def healthy(seed: int, num_steps: int = 150, validate_every: int = 4) -> list[Step]:
+    """A run of one of five shapes: the loss decays, jumps down, is flat, is that of RL (around 0), or overshoots the
+    start; zeros drift, experts die now and then for one step."""
+    rng = np.random.default_rng(seed)
+    shape, steps = seed % 5, []
+    drift = rng.uniform(-0.1, 0.1)  # of the zeros, over the whole run
+    for i in range(num_steps):
+        t = i / num_steps
+        mean = [
+            0.2 + 3.5 * math.exp(-6 * t),
+            3.0 if t < 0.3 else 1.0,
+            1.2,
+            -0.5 * math.exp(-8 * t),
+            2.5 - t,
+        ][shape]
+        scale = 0.01 if shape == 3 else 0.08 * mean
+        loss = mean + float(rng.normal(0, scale))
+        dead = float(rng.random() < 0.08)
+        zeros = {
+            "routed_expert": 0.02 * N * dead + 0.05 * N * (1 + drift * t) + rng.normal(0, 400),
+            "embedding": 0.25 * N * (1 + drift * t) + rng.normal(0, 8000),
+            "attention": float(rng.random() < 0.1),
+        }
+        total = sum(zeros.values())
+        step: Step = {
+            "loss": loss,
+            "grad_norm": (0.3 + 2 * math.exp(-3 * t)) * float(rng.lognormal(0, 0.4)),
+            "skipped": 0.0,
+            "balance/max_vio": max(0.05, 0.3 + 0.3 * t * (seed % 3 - 1) + float(rng.normal(0, 0.05))),
+            "num_zeros/total": float(total),
+            "num_zeros/share": float(total / N),
+            "num_zeros/dead_experts": dead,
+            **{f"num_zeros/{name}": float(count) for name, count in zeros.items()},
+        }
+        if i % validate_every == 0 and shape != 3:
+            step["validation/loss/all"] = mean * 1.05 + float(rng.normal(0, 0.01 * mean))
+        steps.append(step)
+    return steps
+
+
+def change(step: Step, **factors: float) -> None:
+    """Multiplies zeros of classes, and keeps the sum right."""
+    for name, more in factors.items():
+        step[f"num_zeros/{name}"] = (step[f"num_zeros/{name}"] or 0.0) + more * N
+        step["num_zeros/total"] = (step["num_zeros/total"] or 0.0) + more * N
+    step["num_zeros/share"] = (step["num_zeros/total"] or 0.0) / N
+
+
+def imbalance_by_load(step: Step, age: int) -> None:
+    step["balance/max_vio"] = (step["balance/max_vio"] or 0) + 0.1 * age
+
+
+def imbalance_by_zeros(step: Step, age: int) -> None:
+    change(step, routed_expert=min(0.01 * age, 0.3))
+
+
+def dead_experts(step: Step, age: int) -> None:
+    step["num_zeros/dead_experts"] = 2.0
+
+
+def starving(step: Step, age: int) -> None:
+    step["experts/starving"] = 0.0 if age < 0 else 3.0
+
+
+def overfitting_by_zeros(step: Step, age: int) -> None:
+    change(step, embedding=-min(0.01 * age, 0.2))
+
+
+def overfitting_by_validation(step: Step, age: int) -> None:
+    if "validation/loss/all" in step:
+        step["validation/loss/all"] = (step["validation/loss/all"] or 0) + 0.04 * age
+
+
+def underflow_of_zeros(step: Step, age: int) -> None:
+    change(step, attention=0.1)
+
+
+def underflow_of_the_norm(step: Step, age: int) -> None:
+    step["grad_norm"] = 1e-7
+
+
+def spike(step: Step, age: int) -> None:
+    if age == 3:
+        step["loss"] = (step["loss"] or 0) + 5.0
+
+
+def nan_in_the_gradient(step: Step, age: int) -> None:
+    if age == 3:
+        step |= {"grad_norm": math.nan, "skipped": 1.0}
+
+
+PLANTED: list[tuple[str, Callable[[Step, int], None], bool]] = [
+    ("imbalance", imbalance_by_load, False),
+    ("imbalance", imbalance_by_zeros, False),
+    ("dead_experts", dead_experts, False),
+    ("dead_experts", starving, True),
+    ("overfitting", overfitting_by_zeros, False),
+    ("overfitting", overfitting_by_validation, False),
+    ("gradient_underflow", underflow_of_zeros, False),
+    ("gradient_underflow", underflow_of_the_norm, False),
+    ("loss_spike", spike, False),
+    ("nan", nan_in_the_gradient, False),
+]
+
+
+def heard(steps: list[Step]) -> list[tuple[int, Trouble]]:
+    alarms = Alarms()
+    return [(i, trouble) for i, step in enumerate(steps) for trouble in alarms.check(step)]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 9])  # shapes whose training loss falls
+@pytest.mark.parametrize(("name", "plant", "always"), PLANTED, ids=[p.__name__ for _, p, _ in PLANTED])
+def test_planted_trouble_is_named(
+    name: str, plant: Callable[[Step, int], None], always: bool, seed: int
+) -> None:
+    steps = healthy(seed)
+    for i, step in enumerate(steps):
+        if always or i >= START:
+            plant(step, i - START)
+    found = heard(steps)
+    assert found, "nothing was heard"
+    first, trouble = found[0]
+    assert trouble.name == name and START <= first <= START + 20
+    assert {t.name for _, t in found} == {name}, "and nothing else"
+    assert trouble.metric in trouble.message and trouble.hint in trouble.message
+    assert not trouble.low <= trouble.value <= trouble.high
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_healthy_runs_are_silent(seed: int) -> None:
+    assert heard(healthy(seed)) == []
+
+
+def test_validation_that_rises_while_training_does_not_fall_is_no_overfitting() -> None:
+    steps = healthy(2)  # flat
+    for i, step in enumerate(steps):
+        step["loss"] = 1.2 + 0.001 * i
+        if i >= START:
+            overfitting_by_validation(step, i - START)
+    assert heard(steps) == []
+
+
+def test_the_layer_is_named() -> None:
+    steps: list[Step] = [{"balance/max_vio/layer_7": 0.3 + 0.01 * (i % 3)} for i in range(40)]
+    steps += [{"balance/max_vio/layer_7": 2.0}] * 5
+    ((_, trouble),) = heard(steps)
+    assert (trouble.name, trouble.layer) == ("imbalance", 7)
+    assert trouble.message.startswith(
+        "balance/max_vio/layer_7 is 2, above 0.81: 5 steps in a row; the first 20 had 0.31;"
+    )
+
+
+def test_many_numbers_that_show_one_thing_are_one_alarm_and_quiet_for_a_while() -> None:
+    def step(value: float) -> Step:
+        return {f"balance/max_vio/layer_{layer}": value for layer in range(8)}
+
+    found = heard([*[step(0.3)] * 30, *[step(3.0)] * 100])
+    assert [t.layer for _, t in found] == [0, 1, 2, 3, 4], "one number every 20 steps"
+    assert np.diff([i for i, _ in found]).tolist() == [QUIET_STEPS] * 4
+    waves = [step(3.0 if i % 12 < 6 else 0.3) for i in range(60)]
+    found = heard([*[step(0.3)] * 30, *waves])
+    assert min(np.diff([i for i, _ in found])) >= QUIET_STEPS
+
+
+def test_a_restart_hears_the_same() -> None:
+    """A NaN is null on disk; steps of the former attempt make the band."""
+    steps = healthy(0)
+    for i, step in enumerate(steps):
+        if i >= START:
+            imbalance_by_load(step, i - START)
+    nan_in_the_gradient(steps[30], 3)
+    whole = heard(steps)
+    assert [t.name for _, t in whole][:2] == ["nan", "imbalance"]
+    for stop in (10, 31, 45, START + 5):
+        resumed = Alarms()
+        on_disk = [{k: v if v is None or math.isfinite(v) else None for k, v in s.items()} for s in steps]
+        for step in on_disk[:stop]:
+            resumed.check(step)
+        later = [(i + stop, t.name) for i, s in enumerate(steps[stop:]) for t in resumed.check(s)]
+        assert later == [(i, t.name) for i, t in whole if i >= stop]
+
+
+def test_a_batch_that_was_left_out_makes_no_band() -> None:
+    early = EarlyWarning()
+    for i in range(WARM_UP):
+        list(early.check({"loss": 1.0, "grad_norm": 1.0, "balance/max_vio": 0.3}))
+        if i % 2:
+            list(early.check({"loss": None, "grad_norm": None, "balance/max_vio": 5.0, "skipped": 1.0}))
+    assert early.max_loss == 1.5
+    found = [t for _ in range(5) for _, t in early.check({"balance/max_vio": 2.0}) if t is not None]
+    assert found and found[0].high == pytest.approx(0.8)
