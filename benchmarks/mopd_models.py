@@ -134,14 +134,21 @@ class Seed:
         tags = [o.rpartition("=")[2] for o in overrides]
         return self.train(mopd, run, "-".join(["mopd", *tags, f"{lr:g}"]), lr)
 
-    def student_of_foreigners(self, lr: float, num_seeds: int = 3) -> str:
-        """MOPD with the next seed's teachers: as good as its own, from another initialisation and other SFT data.
-        The preflight's red lines are accepted by name."""
-        others = Seed(self._work, (self.seed + 1) % num_seeds, self.quick, self.engines)
-        others.make_inputs()
-        run = self.watched(pipeline.mopd_config(self.cfg, self.sft(), others.teachers()))
-        run = replace(run, teacher_workers=replace(run.teacher_workers, accept=["foreign", "initial_kl"]))
-        return self.train(mopd, run, f"mopd-foreign-{lr:g}", lr)
+    def student_of_foreigners(self, lr: float) -> str:
+        """MOPD with teachers of another initialisation, trained on this seed's data as its own are. The preflight's red
+        lines are accepted by name."""
+        start = self.folder / "foreign_model"
+        build_model(start, self.seed + 1)
+        run = pipeline.sft_config(self.cfg)
+        run = replace(run, model=replace(run.model, path=str(start)))
+        origin = self.train(sft, run, "teachers/foreign/sft")
+        foreign = {}
+        for domain in DOMAINS:
+            teacher = pipeline.rl_config(self.cfg, domain, origin)
+            foreign[domain] = self.train(rl, teacher, f"teachers/foreign/{domain}")
+        student = self.watched(pipeline.mopd_config(self.cfg, self.sft(), foreign))
+        workers = replace(student.teacher_workers, accept=["foreign", "initial_kl"])
+        return self.train(mopd, replace(student, teacher_workers=workers), f"mopd-foreign-{lr:g}", lr)
 
     def watched(self, run: Any) -> Any:
         return replace(run, eval=replace(run.eval, **CURVE, **({"num_prompts": 8} if self.quick else {})))
