@@ -10,14 +10,16 @@ rows share (SFT, teachers, the student) lies in the work folder and is resumed, 
 The setting is `conf/experiment/tiny.yaml` with long answers in math, so that the longest domain's answers are 15 times
 the shortest's, and 1,000 held-out prompts a domain. Rows that distil or sample get as many answers as the student of
 MOPD, RL rows as many steps as its sampled tokens pay for; the line says what was really sampled. Learning rates are
-chosen on the validation split with the first seed and kept for the others, merge coefficients with every seed;
-the held-out prompts decide nothing. Shares are (row - SFT) / (teachers - SFT), per domain, then averaged.
+chosen on the validation split with seed 0 and kept for the others, merge coefficients with every seed; the held-out
+prompts decide nothing, and what was chosen from what lies beside the results (`*_chosen.json`). A working tree with
+changes is refused, so that the commit of a line made it. Shares are (row - SFT) / (teachers - SFT), per domain, then averaged.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -38,15 +40,20 @@ from posttrain.runs import pipeline
 from posttrain.tracking.console import format_s
 from posttrain.tracking.jsonl import read_jsonl
 
+FOLDER = Path("benchmarks") / "results"
 RESULTS = Path(__file__).parent / "results" / "mopd.jsonl"
-RATES = (2e-4, 3e-4, 5e-4)
-RL_RATES = (1e-4, 2e-4, 4e-4)
+# Around the best of wider grids at half the student's budget (docs/log.md).
+RATES = (3e-4, 5e-4)
+TEACHER_RATES = (2e-4, 4e-4)
+RL_RATES = (2e-4, 4e-4)
+SFT_RATES = (3e-4, 1e-3, 2e-3)
+TUNING_SEED = 0
 # As many answers a step as the student without the outcome term, in groups of 8 as in RL.
 ORM = (
     "mopd.algorithm.alpha=1",
     "mopd.algorithm.loss=ppo_clip",
     "mopd.algorithm.group_size=8",
-    "mopd.algorithm.prompts_per_step=16",
+    "mopd.algorithm.prompts_per_step=8",
 )
 
 # Rows -----------------------------------------------------------------------------------------------------------
@@ -84,7 +91,7 @@ ROWS = {
     row.name: row
     for row in (
         Row(name="sft", make=lambda s, _: s.sft(), core=True, rounds=1.3),
-        Row(name="teachers", make=lambda s, _: s.teachers(), core=True, rounds=1.3),
+        Row(name="teachers", make=lambda s, lr: s.teachers(lr=lr), grid=TEACHER_RATES, core=True, rounds=3.0),
         Row(name="average", make=lambda s, _: s.merged(None), core=True, rounds=0),
         _arithmetic(),
         _mopd(core=True),
@@ -107,7 +114,7 @@ ROWS = {
             grid=RL_RATES,
             rounds=2.3,
         ),
-        Row(name="off_policy", make=lambda s, lr: s.off_policy(lr), grid=(3e-4, 1e-3), core=True),
+        Row(name="off_policy", make=lambda s, lr: s.off_policy(lr), grid=SFT_RATES, core=True),
         Row(
             name="off_policy_filtered", make=lambda s, lr: s.off_policy(lr, filtered=True), like="off_policy"
         ),
@@ -154,7 +161,7 @@ def as_models(made: Models | str) -> Models:
 # Cells ----------------------------------------------------------------------------------------------------------
 
 
-def measure(row: Row, s: Seed) -> dict[str, Any]:
+def measure(row: Row, s: Seed, command: str) -> dict[str, Any]:
     """The line of one cell."""
     value = choose(row, s)
     s.used = set()
@@ -171,8 +178,8 @@ def measure(row: Row, s: Seed) -> dict[str, Any]:
     return {
         "row": row.name,
         "seed": s.seed,
-        "commit": code_revision(),
-        "command": f"benchmarks/mopd.py --rows {row.name} --seeds {s.seed}" + (" --quick" if s.quick else ""),
+        "commit": code_revision(str(FOLDER)),
+        "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chosen": value,
         "tokens": round(sum(map(s.tokens, own))),
@@ -190,11 +197,12 @@ def measure(row: Row, s: Seed) -> dict[str, Any]:
 
 
 def estimate_s(row: Row, cfg: PipelineRun, num_values: int) -> float:
-    """Seconds of a cell: 2 s a step of 128 answers, 344 evaluated answers a second (docs/results.md, tiny pipeline)."""
+    """Seconds of a cell: 16 ms an answer of training, 344 evaluated answers a second (docs/results.md, tiny pipeline)."""
     evaluated = len(DOMAINS) * (
         SIZES["num_heldout"] * 5 + (num_values > 1) * num_values * SIZES["num_valid"] * 4
     )
-    return row.rounds * cfg.mopd.algorithm.steps * 2.0 * num_values + evaluated / 344
+    answers = cfg.mopd.algorithm.steps * cfg.mopd.algorithm.prompts_per_step
+    return row.rounds * answers * 0.016 * num_values + evaluated / 344
 
 
 def run(args: argparse.Namespace, rows: list[Row], results: Path) -> None:
@@ -204,31 +212,44 @@ def run(args: argparse.Namespace, rows: list[Row], results: Path) -> None:
     print(f"{len(args.seeds) * len(rows)} cells, {len(cells)} to do", flush=True)
     if not cells:
         return
+    if not args.quick and (code_revision(str(FOLDER)) or "-dirty").endswith("-dirty"):
+        sys.exit(
+            "files differ from the commit that the lines would name: commit or stash them, or use --quick"
+        )
     cfg = Seed(args.work, args.seeds[0], args.quick).cfg
     costs = {}
     for row, seed in cells:
-        tuned = row.every_seed or (seed == args.seeds[0] and not row.like)
+        tuned = row.every_seed or (seed == TUNING_SEED and not row.like)
         costs[row.name, seed] = estimate_s(row, cfg, len(row.grid) if tuned else 1)
     print(
         f"estimated {format_s(sum(costs.values()))} on 2 CPU cores" + " (not with --quick)" * args.quick,
         flush=True,
     )
     begin, paid = time.perf_counter(), 0.0
-    seeds = {seed: Seed(args.work, seed, args.quick) for seed in args.seeds}
+    seeds = {seed: Seed(args.work, seed, args.quick) for seed in {TUNING_SEED, *args.seeds}}
+    first = seeds[TUNING_SEED]
+    first.make_inputs()
     seeds[args.seeds[0]].make_inputs()
     with Engines(cfg.ray) as engines:
         pipeline.warm_up(engines, cfg, DOMAINS)
+        first.engines = engines
         for row, seed in cells:
             s = seeds[seed]
             s.engines = engines
             s.make_inputs()
-            if not row.every_seed and (row.grid != (None,) or row.like):
-                first = seeds[args.seeds[0]]
-                first.engines = engines
+            if row.name != "sft":
+                choose(ROWS["teachers"], first)
+            if not row.every_seed and row.name != "teachers" and (row.grid != (None,) or row.like):
                 choose(ROWS["mopd"], first)  # its student sets the budget
                 choose(row, first)
-            line = measure(row, s)
+            command = f"benchmarks/mopd.py --rows {row.name} --seeds {seed}"
+            command += (" --quick" if args.quick else "") + (
+                f" --results {args.results}" * bool(args.results)
+            )
+            line = measure(row, s, command)
             results.parent.mkdir(parents=True, exist_ok=True)
+            if (chosen := args.work / "chosen.json").exists():
+                shutil.copy(chosen, results.with_name(results.stem + "_chosen.json"))
             with results.open("a") as stream:
                 stream.write(json.dumps(line, separators=(",", ":")) + "\n")
             paid += costs.pop((row.name, seed))

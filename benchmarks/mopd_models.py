@@ -36,6 +36,10 @@ from teachers.fingerprint import fingerprint
 SETTING = [
     "experiment=tiny",
     "rollout.max_new_tokens=72",
+    "rl.algorithm.steps=80",  # teachers that stopped learning: what a student could gain beyond them is no distillation
+    "teachers.code.steps=80",
+    "mopd.algorithm.steps=360",
+    "mopd.algorithm.prompts_per_step=64",
     "checkpoint.keep=1",
     "tracking.wandb=disabled",
     "tracking.console=false",
@@ -54,7 +58,7 @@ QUICK = [
 ]
 SIZES = {"num_sft": 32_000, "num_prompts": 2_000, "num_valid": 300, "num_heldout": 1_000}
 QUICK_SIZES = {"num_sft": 640, "num_prompts": 32, "num_valid": 8, "num_heldout": 16}
-CURVE = {"every_steps": 10, "num_prompts": 200}  # held-out accuracy on the way; it leaves training as it is
+CURVE_POINTS, CURVE_PROMPTS = 18, 200  # held-out accuracy on the way; it leaves training as it is
 SFT_EPOCHS = 2  # over the teachers' answers, off-policy
 
 Models = dict[str, str]  # domain -> the checkpoint that answers its prompts
@@ -121,12 +125,19 @@ class Seed:
     def sft(self) -> str:
         return self.train(sft, pipeline.sft_config(self.cfg), "sft")
 
-    def teachers(self, start: str | None = None, number: int = 1) -> Models:
-        found = {}
+    def teachers(self, start: str | None = None, number: int = 1, lr: float | None = None) -> Models:
+        found, lr = {}, lr or self.teacher_lr
         for domain in DOMAINS:
             run = pipeline.rl_config(self.cfg, domain, start or self.sft(), number)
-            found[domain] = self.train(rl, run, run.name.partition("/")[2])
+            found[domain] = self.train(rl, run, f"{run.name.partition('/')[2]}-{lr:g}", lr)
         return found
+
+    @property
+    def teacher_lr(self) -> float:
+        """The teachers' learning rate as it was chosen, or that of the setting."""
+        chosen = self._work / "chosen.json"
+        found = json.loads(chosen.read_text()) if chosen.exists() else {}
+        return float(found["teachers"]["value"] if "teachers" in found else self.cfg.rl.learner.lr)
 
     def student(self, lr: float, *overrides: str) -> str:
         cfg = self.configuration(*overrides)
@@ -145,20 +156,23 @@ class Seed:
         foreign = {}
         for domain in DOMAINS:
             teacher = pipeline.rl_config(self.cfg, domain, origin)
-            foreign[domain] = self.train(rl, teacher, f"teachers/foreign/{domain}")
+            foreign[domain] = self.train(rl, teacher, f"teachers/foreign/{domain}", self.teacher_lr)
         student = self.watched(pipeline.mopd_config(self.cfg, self.sft(), foreign))
         workers = replace(student.teacher_workers, accept=["foreign", "initial_kl"])
         return self.train(mopd, replace(student, teacher_workers=workers), f"mopd-foreign-{lr:g}", lr)
 
     def watched(self, run: Any) -> Any:
-        return replace(run, eval=replace(run.eval, **CURVE, **({"num_prompts": 8} if self.quick else {})))
+        every = max(1, run.algorithm.steps // CURVE_POINTS)
+        num_prompts = 8 if self.quick else CURVE_PROMPTS
+        return replace(run, eval=replace(run.eval, every_steps=every, num_prompts=num_prompts))
 
     def mixed(self, lr: float, name: str, tokens: float) -> str:
         """RL on all domains at once, for as many steps as ``tokens`` pay for."""
         lengths = self.answer_lengths()
         num_steps = self.num_steps(tokens, float(np.mean([lengths[d] for d in DOMAINS])))
-        run = self.watched(replace(pipeline.rl_config(self.cfg, DOMAINS[0], self.sft()), domain=None))
-        return self.train(rl, run, f"{name}-{lr:g}", lr, steps=num_steps)
+        run = replace(pipeline.rl_config(self.cfg, DOMAINS[0], self.sft()), domain=None)
+        run = replace(run, algorithm=replace(run.algorithm, steps=num_steps))
+        return self.train(rl, self.watched(run), f"{name}-{lr:g}", lr)
 
     def cascade(self, lr: float, tokens: float) -> str:
         """RL on one domain after the other, each from the former's model; as many answers for each domain."""
@@ -245,7 +259,10 @@ class Seed:
         if not seen:
             return {}
         curve = {d: [round(row[f"eval/{d}"], 4) for _, row in seen] for d in DOMAINS}
-        found: dict[str, Any] = {"curve": {"tokens": [round(t) for t, _ in seen], "accuracy": curve}}
+        watched = {"num_prompts": self.watched(self.cfg.mopd).eval.num_prompts}
+        found: dict[str, Any] = {
+            "curve": {"tokens": [round(t) for t, _ in seen], "accuracy": curve} | watched
+        }
         steps = [row for row in rows if row["step"] > 0]
         for kind in ("tokens", "gradient", "weight"):
             shares = {d: [row.get(f"share/{kind}/{d}", 0.0) for row in steps] for d in DOMAINS}
@@ -271,7 +288,7 @@ class Seed:
             self.teachers()
         lengths = {}
         for domain in DOMAINS:
-            rows = read_jsonl(self.folder / "teachers" / domain / "metrics.jsonl")
+            rows = read_jsonl(self.folder / "teachers" / f"{domain}-{self.teacher_lr:g}" / "metrics.jsonl")
             lengths[domain] = float(np.mean([row["length/all"] for row in rows]))
         return lengths
 

@@ -52,18 +52,23 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {f"{s}/{d}": np.array(cells[row, s]["per_prompt"][d]) for s in seeds for d in DOMAINS}
             for row in ("sft", "teachers", name)
         ]
-        ahead = None
+        ahead, ahead_of_seeds = None, []
         if name != "mopd" and all(("mopd", s) in cells for s in seeds):
             student = {
                 f"{s}/{d}": np.array(cells["mopd", s]["per_prompt"][d]) for s in seeds for d in DOMAINS
             }
             ahead = difference(arrays[0], arrays[1], student, arrays[2], seed=0)
+            ahead_of_seeds = [
+                cells["mopd", s]["normalised"]["mean"] - cells[name, s]["normalised"]["mean"]
+                for s in seeds
+                if None not in (cells["mopd", s]["normalised"]["mean"], cells[name, s]["normalised"]["mean"])
+            ]
         shares = [line["normalised"]["mean"] for line in own]
         entry: dict[str, Any] = {"row": name, "seeds": seeds}
         entry["accuracy"] = {d: float(np.mean([line["accuracy"][d] for line in own])) for d in DOMAINS}
         entry["greedy"] = float(np.mean([np.mean(list(line["accuracy_greedy"].values())) for line in own]))
         by_cell, entry["share"] = normalised(arrays[0], arrays[1], arrays[2], seed=0)
-        entry["ahead"] = ahead
+        entry["ahead"], entry["ahead_of_seeds"] = ahead, ahead_of_seeds
         own_shares = {d: [by_cell[f"{s}/{d}"].value for s in seeds] for d in DOMAINS}
         entry["domain_share"] = {
             d: None if None in v else float(np.mean([x for x in v if x is not None]))
@@ -99,6 +104,18 @@ def print_table(table: list[dict[str, Any]]) -> None:
             f"{entry['tokens'] / 1e6:6.2f} (+ {entry['tokens_teachers'] / 1e6:.2f}){entry['wall_s']:14.0f}"
             f"  {len(entry['seeds'])}"
         )
+
+
+def print_seeds(table: list[dict[str, Any]]) -> None:
+    """MOPD - row in every seed, and the standard error of their mean: what another seed would change is in it."""
+    several = [entry for entry in table if len(entry["ahead_of_seeds"]) > 1]
+    if several:
+        print("\nMOPD - row, the difference of the shares in every seed; mean +- standard error over seeds")
+    for entry in several:
+        found = entry["ahead_of_seeds"]
+        error = np.std(found, ddof=1) / np.sqrt(len(found))
+        seeds = "".join(f"{v:8.3f}" for v in found)
+        print(f"{LABELS[entry['row']]:<30}{seeds}   {np.mean(found):6.3f} +- {error:.3f}")
 
 
 def _interval(found: Interval | None) -> str:
@@ -139,13 +156,18 @@ def print_course(lines: list[dict[str, Any]], level: float = 0.9) -> None:
 
 
 def gain_over_tokens(
-    line: dict[str, Any], cells: dict[tuple[str, int], dict[str, Any]]
+    line: dict[str, Any], cells: dict[tuple[str, int], dict[str, Any]], domains: list[str] = DOMAINS
 ) -> tuple[list[int], list[float]]:
-    """Sampled tokens, and the share of the teachers' gain at that point, mean over domains."""
-    sft, teachers = (cells[row, line["seed"]]["accuracy"] for row in ("sft", "teachers"))
+    """Sampled tokens, and the share of the teachers' gain at that point, mean over ``domains``. SFT and teachers count on
+    the prompts that the curve was measured on, the first of each domain."""
+    num_prompts = line["curve"].get("num_prompts")
+    sft, teachers = (
+        {d: np.mean(cells[row, line["seed"]]["per_prompt"][d][:num_prompts]) for d in domains}
+        for row in ("sft", "teachers")
+    )
     with np.errstate(divide="ignore", invalid="ignore"):  # without a gain there is no share
-        gains = {d: np.float64(teachers[d] - sft[d]) for d in DOMAINS}
-        shares = [(np.array(line["curve"]["accuracy"][d]) - sft[d]) / gains[d] for d in DOMAINS]
+        gains = {d: np.float64(teachers[d] - sft[d]) for d in domains}
+        shares = [(np.array(line["curve"]["accuracy"][d]) - sft[d]) / gains[d] for d in domains]
     return line["curve"]["tokens"], list(map(float, np.mean(shares, axis=0)))
 
 
@@ -214,12 +236,8 @@ def draw_course(path: Path, lines: list[dict[str, Any]]) -> bool:
     for axes, (title, names) in zip(both, panels.items(), strict=True):
         for color, name in zip(("#e2702b", "#5b7bb4", "#4a8f5c", "#8a6fb0"), names, strict=False):
             for number, line in enumerate(w for w in watched if w["row"] == name):
-                tokens, shares = gain_over_tokens(line, cells)
-                if title.startswith("instruct"):
-                    sft, own = (
-                        cells[row, line["seed"]]["accuracy"]["instruct"] for row in ("sft", "teachers")
-                    )
-                    shares = [(a - sft) / (own - sft) for a in line["curve"]["accuracy"]["instruct"]]
+                domains = ["instruct"] if title.startswith("instruct") else DOMAINS
+                tokens, shares = gain_over_tokens(line, cells, domains)
                 label = LABELS[name] if number == 0 else None
                 axes.plot(np.array(tokens) / 1e3, shares, color=color, linewidth=1.3, alpha=0.8, label=label)
         axes.axhline(0.9, color="#c3c8d1", linewidth=1)
@@ -238,7 +256,9 @@ def show(results: Path) -> None:
     lines = list({(line["row"], line["seed"]): line for line in read_jsonl(results)}.values())
     table = summarise(lines)
     print_table(table)
+    print_seeds(table)
     print_course(lines)
+    print("commits: " + ", ".join(sorted({line.get("commit") or "unknown" for line in lines})))
     if draw_course(results.with_name(results.stem + "_course.png"), lines):
         print(f"picture: {results.with_name(results.stem + '_course.png')}")
     draw(results.with_suffix(".png"), table, lines)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -145,7 +145,8 @@ class _Series:
 class EarlyWarning:
     """Remembers what the first steps, the last losses and the validations of a run were."""
 
-    def __init__(self) -> None:
+    def __init__(self, watches: Sequence[Watch] = WATCHES) -> None:
+        self._watches = watches
         self._series: dict[str, _Series] = {}
         self._losses: deque[float] = deque(maxlen=WARM_UP)
         self._validations: dict[str, list[tuple[float, float]]] = {}  # name -> (its loss, training loss then)
@@ -179,7 +180,7 @@ class EarlyWarning:
 
     def _learned(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
         for metric, value in metrics.items():
-            watches = [watch for watch in WATCHES if re.fullmatch(watch.pattern, metric)]
+            watches = [watch for watch in self._watches if re.fullmatch(watch.pattern, metric)]
             if not watches:
                 continue
             series = self._series.setdefault(metric, _Series())

@@ -25,7 +25,7 @@ from posttrain.advantages import group_advantages, overlong_penalties
 from posttrain.clock import Clock
 from posttrain.config import AlarmAction, Dtype, Overlong, PolicyAlgorithm, UserError
 from posttrain.held_out import HeldOut
-from posttrain.learner.group import LearnerGroup
+from posttrain.learner.group import LearnerGroup, is_window_end
 from posttrain.live_teachers import LiveTeachers
 from posttrain.monitor import Monitor
 from posttrain.preflight import NUM_TEXTS
@@ -166,6 +166,8 @@ class PolicyLoop:
                     metrics |= self.held_out.metrics(self.sort_in)
             if self.rollout_samples and is_sampled_step:
                 self.write_samples(wave, step)
+            if is_window_end(self.learner, step, last_step, metrics):
+                self.tracker.expert_load(step, self.learner.expert_load())
             save_now = monitor.check(step, metrics)
             # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
             metrics["rollout/restarts"] = float(self.rollouts.num_restarts - self.num_restarts)

@@ -60,14 +60,17 @@ def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def code_revision() -> str | None:
-    """Git commit of this package's checkout, `-dirty` appended where files differ; None outside a checkout."""
+def code_revision(apart_from: str | None = None) -> str | None:
+    """Git commit of this package's checkout, `-dirty` appended where tracked files differ (those below the folder
+    ``apart_from``, relative to the checkout, may); None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:  # another program
         revision = _git(root, "rev-parse", "HEAD")
-        return revision + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        paths = [".", f":!{apart_from}"] if apart_from else []
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *paths)
+        return revision + ("-dirty" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from teachers.direct import Examination
 
 SCORED_GATES = ("scoring", "noise", "initial_kl", "domain_swap", "lengths", "cost")
+MAX_GAP = 5.0  # nat that one token adds to the mean |log-ratio|, at most
 NUM_TEXTS = 32  # samples of a domain that every teacher scores
 MAX_TEXT_TOKENS = 1024  # of each; longer samples are cut, which changes no score before the cut
 NUM_EXAMINED = 4  # texts of the direct forward
@@ -207,8 +208,9 @@ def noise_row(subject: Subject, noise: np.ndarray, gaps: np.ndarray, dtype: Dtyp
 
 def kl_row(subject: Subject, gaps: np.ndarray, limit: float, cosine: float | None, is_start: bool) -> GateRow:
     """Per-token KL(student || teacher) and mean |log-ratio| on the student's own samples; ``gaps`` [N] are teacher minus
-    student. ``limit`` is `teacher_workers.max_initial_kl`; ``is_start``: the student has the weights of its start."""
-    kl, mean = float(-gaps.mean()), float(np.abs(gaps).mean())
+    student, of which the mean takes MAX_GAP at most: RL makes a right teacher sure, and what it would never say stands at
+    -10 to -40. ``limit`` is `teacher_workers.max_initial_kl`; ``is_start``: the student has the weights of its start."""
+    kl, mean = float(-gaps.mean()), float(np.minimum(np.abs(gaps), MAX_GAP).mean())
     value = f"KL {kl:.3f}, abs {mean:.3f}"
     if subject.teacher.is_student and is_start and mean > SELF_GAP:
         problem = (
@@ -218,7 +220,7 @@ def kl_row(subject: Subject, gaps: np.ndarray, limit: float, cosine: float | Non
         return subject.red("initial_kl", value, problem, way_out, mean)
     if not mean <= limit:
         problem = (
-            f"mean |log-ratio| to the student on its own samples is {mean:.3f}, above"
+            f"mean |log-ratio| (each at most {MAX_GAP:g}) to the student on its own samples is {mean:.3f}, above"
             f" teacher_workers.max_initial_kl={limit:g}"
         )
         way_out = "choose a teacher of this student's family or raise the limit"

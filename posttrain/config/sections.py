@@ -168,6 +168,9 @@ class LearnerConfig:
     and are not frozen, else 0."""
     freeze_router: bool = False
     """No gradient for router weights."""
+    expert_window: int = 20
+    """MoE models: steps over which the load of every expert is summed, for the metrics `experts/...` and for
+    expert_load.jsonl, which gets a line as often."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     logprob_chunk_tokens: int = 2048
@@ -195,6 +198,7 @@ class LearnerConfig:
         require_at_least(
             1, "learner", self, "max_tokens_per_micro_batch", "logprob_chunk_tokens", "cores_per_rank"
         )
+        require_at_least(1, "learner", self, "expert_window")
         require_at_least(0, "learner", self, "warmup_steps", "weight_decay", "grad_clip", "pack_tokens")
         require_at_least(0, "learner", self, "expert_bias_rate", "aux_loss_coef")
         require_above(0, "learner", self, "eps", "max_route_distance")
@@ -266,8 +270,9 @@ class TeacherWorkerConfig:
     """Torch threads of a worker (CPU only); null: all cores."""
     num_gpus_per_worker: float | None = None
     """GPUs for each worker; null: 1 where there are GPUs to spare, else 0 (backend=vllm: tensor_parallel_size)."""
-    max_initial_kl: float = 2.0
-    """Preflight refuses a teacher whose mean |log-ratio| to the student on the student's own samples is above this."""
+    max_initial_kl: float = 2.5
+    """Preflight refuses a teacher whose mean |log-ratio| to the student on the student's own samples is above this. A token
+    adds 5 nat at most, so that 5 refuses nobody."""
     vllm: dict[str, Any] = field(default_factory=dict)
     """Passed to the engine of each backend=vllm teacher under vLLM's own option names."""
     api_key_env: str | None = None

@@ -28,7 +28,7 @@ from posttrain.validate import ModelReport, check_context, check_model
 
 MIN_MEMORY_GIB = 8.0
 MIN_DISK_GIB = 5.0
-TORCH_TIMEOUT_S = 15
+TORCH_TIMEOUT_S = 60
 ASK_TORCH = """
 import json, torch
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

@@ -48,6 +48,9 @@ class LearnerActor:
     def rejected(self) -> dict[str, str]:
         return self._worker.rejected()
 
+    def expert_load(self) -> dict[str, Any]:
+        return self._worker.expert_load()
+
     def mismatch(self, batch: RankBatch) -> dict[str, float]:
         return self._worker.mismatch(batch)
 

@@ -34,11 +34,11 @@ def identity(module: nn.Module, learner: LearnerConfig) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, engine: Any, learner: LearnerConfig, num_skipped: int) -> None:
-    """Writes everything an exact resume needs into ``folder``, ``num_skipped`` updates too. A collective."""
+def save(folder: Path, engine: Any, learner: LearnerConfig, state: dict[str, Any]) -> None:
+    """Writes everything an exact resume needs into ``folder``, the worker's own ``state`` too. A collective."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = dist.get_rank()
-    engine.save_checkpoint(str(folder), tag=TAG, client_state={"num_skipped": num_skipped}, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
     torch.save(_generators(), folder / f"generators_{rank}.pt")
     if rank == 0:
         (folder / IDENTITY).write_text(json.dumps(identity(engine.module, learner), indent=2) + "\n")
@@ -67,14 +67,14 @@ def _difference(folder: Path, own: dict[str, Any]) -> UserError | None:
     return None
 
 
-def load(folder: Path, engine: Any, learner: LearnerConfig) -> int:
+def load(folder: Path, engine: Any, learner: LearnerConfig) -> dict[str, Any]:
     """Restores weights, buffers, optimizer state and generators into a freshly built engine; AdamW's own settings are
-    those of ``learner``. Returns the number of skipped updates. A collective."""
+    those of ``learner``. Returns the ``state`` that was saved. A collective."""
     loaded, state = engine.load_checkpoint(str(folder), tag=TAG)
     assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
     set_adamw(engine.basic_optimizer.param_groups, learner)
     _set_generators(torch.load(folder / f"generators_{dist.get_rank()}.pt", weights_only=True))
-    return int(state.get("num_skipped", 0))
+    return dict(state)
 
 
 def _generators() -> dict[str, torch.Tensor]:

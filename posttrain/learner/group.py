@@ -6,7 +6,7 @@ Plans which rank trains which sample, and passes object references, never the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,12 @@ class LearnerGroup:
         """Rollouts that the last train step kept out of the loss because their routes are missing or contradict the policy (the metric
         replay/rejected counts them): name -> reason."""
         return {name: reason for own in self._call("rejected") for name, reason in own.items()}
+
+    def expert_load(self) -> dict[str, Any]:
+        """Tokens per layer and expert over the last `learner.expert_window` train steps: ``num_steps``, ``layers`` (global
+        numbers), ``live`` and ``replayed`` [L][E] (None: nothing was replayed). MoE models only, after a train step."""
+        self._ready()
+        return self._wait([self._ranks[0].expert_load.remote()])[0]
 
     def mismatch(self, samples: Sequence[SampleRef]) -> dict[str, float]:
         """Policy against rollout logprobs on ``samples``: k3, f1.1, f1.25, f2 and the same ``_without`` replay; for MoE
@@ -196,6 +202,13 @@ class LearnerGroup:
             )
             for micro_batches in self._plan([sample.num_tokens for sample in samples])
         ]
+
+
+def is_window_end(learner: LearnerGroup, step: int, last_step: int, metrics: Mapping[str, float]) -> bool:
+    """Whether `LearnerGroup.expert_load` is due: once per window, and after the last step."""
+    if "experts/starving" not in metrics:  # dense
+        return False
+    return step % learner.learner.expert_window == 0 or step == last_step
 
 
 def _scored(token_ids: np.ndarray, routes: np.ndarray | None) -> TrainingSample:

@@ -25,6 +25,7 @@ from posttrain.learner.losses import LossInputs
 from posttrain.learner.metrics import Totals, agree
 from posttrain.learner.moe import balance
 from posttrain.learner.moe.replay import RouterReplay
+from posttrain.learner.monitors import experts
 from posttrain.learner.monitors.num_zeros import NumZeros
 from posttrain.learner.monitors.routes import RouteWatch, add_route_metrics
 from posttrain.learner.optimizer import batch_rates
@@ -46,6 +47,7 @@ class LearnerWorker:
         self.policy: Policy
         self.replay: RouterReplay | None
         self.num_zeros: NumZeros
+        self.health: experts.ExpertHealth | None = None
         self._rejected: dict[str, str] = {}
         self._heads: dict[int, Tensor] = {}
         if num_threads is not None:
@@ -86,7 +88,7 @@ class LearnerWorker:
         """
         if self.engine is not None:
             former, self.engine = self.engine, None
-            del self.policy, self.replay, self.num_zeros
+            del self.policy, self.replay, self.num_zeros, self.health
             engine.destroy(former)
             del former
         self._heads = {}
@@ -100,6 +102,9 @@ class LearnerWorker:
         agree(error)
         self.engine = engine.build(self.policy, learner)
         self.num_zeros = NumZeros(self.engine)
+        self.health = None
+        if self.replay is not None:
+            self.health = experts.ExpertHealth(self.replay, self.num_zeros, learner.expert_window)
         self.trained = False
         self.num_skipped = 0  # updates
         return self.info()
@@ -163,13 +168,17 @@ class LearnerWorker:
         self.engine.train()
         old = [self._score(b) for b in micro_batches] if updates > 1 else [None] * len(micro_batches)
         totals, metrics, before = Totals(), {}, self.num_skipped
+        if self.health is not None:
+            self.health.start()
         for index in range(updates):
             rate = batch_rates(self.learner, step, updates, self.total_steps, self.num_skipped)[index]
             own = totals.sums.get("loss", 0.0)
-            counts = self._accumulate(micro_batches, old, batch, loss, totals, watch)
+            routed = self._accumulate(micro_batches, old, batch, loss, totals, watch)
             self._check_routes(watch, batch.num_samples)
             is_usable = self._is_usable(totals.sums.get("loss", 0.0) - own, loss.max_loss)
-            metrics = self._update(rate, counts, is_usable)
+            metrics = self._update(rate, routed, is_usable)
+        if self.health is not None:
+            metrics |= self.health.metrics()
         metrics["skipped"] = float(self.num_skipped - before)
         if watch is not None:
             self._rejected = watch.rejected
@@ -192,12 +201,12 @@ class LearnerWorker:
         totals: Totals,
         watch: RouteWatch | None,
     ) -> Tensor | None:
-        """Forward and backward of all micro-batches. Returns this rank's tokens per expert [L, E], None if dense."""
-        counts: Tensor | None = None
+        """Forward and backward of all micro-batches. Returns what `experts.pack` says of this rank, None if dense."""
+        routed: Tensor | None = None
         last = len(micro_batches) - 1
         for index, (micro_batch, old_logprobs) in enumerate(zip(micro_batches, old, strict=True)):
             self.engine.set_gradient_accumulation_boundary(index == last)
-            with self._routing(micro_batch, keep_scores=self._aux_coef(loss) > 0):
+            with self._routing(micro_batch, keep_scores=self._aux_coef(loss) > 0, measure_health=True):
                 scored = self._forward(micro_batch, loss)
                 inputs = self._loss_inputs(micro_batch, scored, old_logprobs, batch.domains, loss)
                 if watch is not None:
@@ -216,11 +225,11 @@ class LearnerWorker:
             for name, value in output.maxima.items():
                 totals.add_maximum(name, value)
             if self.replay is not None and self.replay.last is not None:
-                live = self.replay.last
-                counts = live.counts_LE if counts is None else counts + live.counts_LE
+                own = experts.pack(self.replay.last)
+                routed = own if routed is None else routed + own
                 if watch is not None:
                     add_route_metrics(totals, self.replay, "replay/")
-        return counts
+        return routed
 
     def _route_watch(self) -> RouteWatch:
         assert self.replay is not None
@@ -252,12 +261,11 @@ class LearnerWorker:
         dist.all_reduce(total)
         return bool(torch.isfinite(total) & (total <= max_loss))
 
-    def _update(self, rate: float, counts: Tensor | None, is_usable: bool) -> dict[str, float]:
+    def _update(self, rate: float, routed: Tensor | None, is_usable: bool) -> dict[str, float]:
         """Checks the gradient, counts its zeros, steps, clears it, moves the expert bias. Where the gradient is not finite
         or the loss not ``is_usable``, weights, optimizer and bias stay as they are, on every rank."""
         norm = engine.gradient_norm(self.engine)
-        if counts is not None:
-            dist.all_reduce(counts)
+        counts = None if routed is None or self.health is None else self.health.observe(routed)
         metrics = {"grad_norm": norm, "lr": rate}
         if not (is_usable and np.isfinite(norm)):
             self.num_skipped += 1
@@ -292,6 +300,11 @@ class LearnerWorker:
                 own = values[micro_batch.sequence_ids == index]
                 scored[int(index)] = np.concatenate([np.zeros(1, np.float32), own])
         return {**{index: np.zeros(1, np.float32) for index in samples}, **scored}
+
+    def expert_load(self) -> dict[str, Any]:
+        """Load of every expert over the last steps, see `ExpertHealth.load`; of MoE models that have trained."""
+        assert self.health is not None
+        return self.health.load()
 
     def mismatch(self, batch: RankBatch) -> dict[str, float]:
         """Distance of the policy to what the rollout engine reported, with recorded routes and (``_without``) live ones.
@@ -340,14 +353,21 @@ class LearnerWorker:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Training state; see `checkpoint.save`."""
-        checkpoint.save(folder, self.engine, self.learner, self.num_skipped)
+        state = {
+            "num_skipped": self.num_skipped,
+            "expert_load": None if self.health is None else self.health.state(),
+        }
+        checkpoint.save(folder, self.engine, self.learner, state)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Training state back; see `checkpoint.load`."""
         checkpoint.check(folder, self.policy, self.learner)
         if self.trained:  # DeepSpeed loads into an engine that has not trained yet
             self.reset(self.learner, self.model_config, self.total_steps, self.seed)
-        self.num_skipped = checkpoint.load(folder, self.engine, self.learner)
+        state = checkpoint.load(folder, self.engine, self.learner)
+        self.num_skipped = int(state.get("num_skipped", 0))
+        if self.health is not None:
+            self.health.load_state(state.get("expert_load"))
         self.trained = True
 
     # ---- parts ----
@@ -397,7 +417,9 @@ class LearnerWorker:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _routing(self, micro_batch: MicroBatch, keep_scores: bool = False) -> Any:
+    def _routing(
+        self, micro_batch: MicroBatch, keep_scores: bool = False, measure_health: bool = False
+    ) -> Any:
         """The block in which forward and backward of one micro-batch run."""
         if self.replay is None:
             return nullcontext()
@@ -406,6 +428,7 @@ class LearnerWorker:
             token_mask_BT=self._tensor(micro_batch.token_mask),
             expected_mask_BT=self._tensor(micro_batch.expected_mask),
             keep_scores=keep_scores,
+            measure_health=measure_health,
         )
 
     def _states(self, array: np.ndarray) -> Tensor:

@@ -12,6 +12,7 @@ from posttrain.config import SFTRun, UserError
 from posttrain.data.sources import load_conversations, sources_of
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
+from posttrain.learner.group import is_window_end
 from posttrain.monitor import Monitor
 from posttrain.records import LossSettings, SampleRef, TrainingSample
 from posttrain.run_folder import RunFolder, plain
@@ -72,6 +73,8 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
                         step=step,
                         message=f"step {step}: no lower loss in {cfg.algorithm.early_stop_patience} validations",
                     )
+                if is_window_end(learner, step, cfg.algorithm.steps, metrics):
+                    tracker.expert_load(step, learner.expert_load())
                 save_now = monitor.check(step, metrics) or validation.stop
                 # Logged before it is saved: a crash in between repeats the step, and its line is cut back.
                 tracker.log(step, metrics | clock.metrics(num_tokens=metrics["num_tokens"]))

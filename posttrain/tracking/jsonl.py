@@ -1,4 +1,5 @@
-"""metrics.jsonl (one object per step, every step exactly once; step 0 is an evaluation before the first) and events.jsonl (what happened, append-only).
+"""metrics.jsonl (one object per step, every step exactly once; step 0 is an evaluation before the first), expert_load.jsonl
+(one per window of steps) and events.jsonl (what happened, append-only).
 
 Owns the files' repair after a kill: a half-written last line is dropped, and metrics of steps after the checkpoint
 are cut away in one atomic replacement. Refuses a file that is damaged anywhere else, and a step that goes back.
@@ -39,6 +40,20 @@ class MetricsFile:
 
     def close(self) -> None:
         self._stream.close()
+
+
+class LoadFile:
+    """expert_load.jsonl of a run: one line per window of steps; the file is there from the first line on."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        if path.exists():
+            _cut_back(path, resume_step)
+
+    def write(self, step: int, load: dict[str, Any]) -> None:
+        """Append one line: the last step of the window, and what `LearnerGroup.expert_load` says of it."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **load}) + "\n")
 
 
 class EventsFile:

@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain.config import TrackingConfig, WandbMode
 from posttrain.tracking.console import ConsoleDisplay
-from posttrain.tracking.jsonl import EventsFile, MetricsFile
+from posttrain.tracking.jsonl import EventsFile, LoadFile, MetricsFile
 from posttrain.tracking.wandb_sink import WandbSink
 
 
@@ -37,6 +37,7 @@ class Tracker:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(folder / "metrics.jsonl", resume_step)
+        self._load = LoadFile(folder / "expert_load.jsonl", resume_step)
         self._events = EventsFile(folder / "events.jsonl")
         self._wandb = None if cfg.wandb == WandbMode.disabled else WandbSink(folder, cfg, run_name, config)
         self._console = ConsoleDisplay(run_name, total_steps, resume_step, headline) if cfg.console else None
@@ -57,6 +58,10 @@ class Tracker:
             self._wandb.log(step, values)
         if self._console is not None:
             self._console.log(step, values)
+
+    def expert_load(self, step: int, load: dict[str, Any]) -> None:
+        """Record the load of the experts over the window that ends with ``step``, for a heat map."""
+        self._load.write(step, load)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an alarm, restart, preflight row or the like. A field ``message`` is also shown on screen; an alarm is an

@@ -23,6 +23,7 @@ from posttrain.learner.moe.replay import LiveRouting, RouterReplay
 from posttrain.learner.worker import LearnerWorker
 from posttrain.records import LossSettings, TrainingSample
 from tests.unit.moe_families import FAMILIES, NUM_EXPERTS, TOP_K
+from tests.unit.moe_passes import Handed
 
 
 def attach(name: str) -> tuple[torch.nn.Module, RouterReplay]:
@@ -107,6 +108,60 @@ def test_auxiliary_loss_by_hand() -> None:
     assert scores.grad is not None
     assert (scores.grad[3] == 0).all()
     assert (scores.grad[:3] != 0).any()
+
+
+def formula(shares: Tensor, indices: Tensor, lengths: list[int]) -> float:
+    """Equations 17 to 20 of the DeepSeek-V3 report, one sequence and expert at a time; the shares [N, E] of a token add to 1."""
+    total, first = 0.0, 0
+    for length in lengths:
+        rows = range(first, first + length)
+        for expert in range(NUM_EXPERTS):
+            chosen = sum(expert in indices[row].tolist() for row in rows)
+            mean = sum(float(shares[row, expert]) for row in rows) / length
+            total += NUM_EXPERTS / (TOP_K * length) * chosen * mean
+        first += length
+    return total
+
+
+def test_auxiliary_loss_against_finite_differences() -> None:
+    """In float64; which experts a token selects stays what it was, as the formula has no gradient there."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(9, NUM_EXPERTS, generator=generator, dtype=torch.float64).requires_grad_()
+    indices = logits.detach().topk(TOP_K).indices
+    ids = torch.tensor([[0] * 4 + [1] * 3 + [-1] * 2])
+
+    def loss(values: Tensor, by_sigmoid: bool) -> Tensor:
+        scores = values.sigmoid() if by_sigmoid else values.softmax(-1)
+        return sequence_auxiliary_loss(live([scores], [indices]), ids, 2, 0.7)
+
+    for by_sigmoid in (False, True):
+        assert torch.autograd.gradcheck(lambda v, s=by_sigmoid: loss(v, s), logits, eps=1e-6, atol=1e-9)
+        scores = logits.detach().sigmoid() if by_sigmoid else logits.detach().softmax(-1)
+        expected = 0.35 * formula(scores / scores.sum(-1, keepdim=True), indices, [4, 3])
+        assert loss(logits, by_sigmoid).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mimo_v2_flash"])
+def test_auxiliary_loss_of_a_softmax_and_of_a_sigmoid_router(name: str) -> None:
+    """Of the whole model: a bias takes part in the selection, and in nothing else."""
+    model, replay = attach(name)
+    ids = torch.tensor([[0] * 5 + [-1] * 2, [1] * 7])
+    real = (ids >= 0).flatten()
+    with Handed(replay) as handed, replay.routes(None, token_mask_BT=ids >= 0, keep_scores=True):
+        model(torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1)), use_cache=False)
+        assert replay.last is not None
+        loss = sequence_auxiliary_loss(replay.last, ids, 2, 1.0).item()
+    expected = 0.0
+    for layer, router in enumerate(replay.routers):
+        (weight,) = router.parameters()
+        logits = handed.hidden[layer].detach().double() @ weight.detach().double().T
+        scores = logits.softmax(-1) if name == "qwen3_moe" else logits.sigmoid()
+        bias = router.correction_bias()
+        assert (bias is None) == (name == "qwen3_moe")
+        chosen = (scores if bias is None else scores + bias).topk(TOP_K).indices
+        shares = scores / scores.sum(-1, keepdim=True)
+        expected += formula(shares[real], chosen[real], [5, 7]) / 2
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_auxiliary_loss_is_the_same_packed_or_apart() -> None:

@@ -74,6 +74,8 @@ def test_tokens_to_a_level_by_hand(tmp_path, capsys):
     cells = {("sft", 0): LINES[0], ("teachers", 0): LINES[2]}
     tokens, gains = gain_over_tokens(student, cells)
     assert gains == pytest.approx([0.0, 0.4, 1.0])
+    _, of_its_prompts = gain_over_tokens(student | {"curve": curve | {"num_prompts": 80}}, cells)
+    assert of_its_prompts == pytest.approx([-0.2, 0.2, 0.8]), "SFT 40 of the first 80, teachers all of them"
     assert tokens_to(0.7, tokens, gains) == pytest.approx(150)
     assert tokens_to(0.0, tokens, gains) == 0 and tokens_to(1.1, tokens, gains) is None
     file = tmp_path / "mopd.jsonl"
@@ -149,6 +151,21 @@ def test_values_are_chosen_on_the_validation_split_and_remembered(tmp_path):
     assert choose(ROWS["sft"], first) is None
 
 
+def test_teachers_learn_at_the_rate_that_was_chosen(tmp_path):
+    s = Seed(tmp_path, 3, quick=False)
+    assert s.teacher_lr == s.cfg.rl.learner.lr
+    (tmp_path / "chosen.json").write_text(json.dumps({"teachers": {"value": 4e-4}}))
+    assert s.teacher_lr == 4e-4
+
+
+def test_a_changed_tree_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(mopd, "code_revision", lambda apart_from: "abc-dirty")
+    args = argparse.Namespace(seeds=[0], work=tmp_path, quick=False)
+    with pytest.raises(SystemExit, match="commit or stash"):
+        mopd.run(args, [ROWS["sft"]], tmp_path / "mopd.jsonl")
+    assert not (tmp_path / "seed0").exists()
+
+
 def test_finished_cells_start_nothing(tmp_path, capsys):
     results = tmp_path / "mopd.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in LINES))
@@ -195,8 +212,9 @@ def test_runs_of_a_seed(tmp_path, monkeypatch):
     s.second_round(3e-4)
     second = seen["seed3/round2/mopd-0.0003"]
     assert second.model.path == "/model of seed3/mopd-0.0003"
-    assert second.teachers["math"].path == "/model of seed3/round2/teachers/math"
-    assert seen["seed3/round2/teachers/math"].model.path == "/model of seed3/mopd-0.0003"
+    assert second.teachers["math"].path == "/model of seed3/round2/teachers/math-0.0002"
+    assert seen["seed3/round2/teachers/math-0.0002"].model.path == "/model of seed3/mopd-0.0003"
+    assert {seen[f"seed3/teachers/{d}-0.0002"].algorithm.steps for d in DOMAINS} == {80}
     with s.aside():
         s.sft()
         assert s.used == {"sft"}

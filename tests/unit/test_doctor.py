@@ -32,7 +32,7 @@ def test_report_of_this_machine(checkpoint, capsys, monkeypatch):
     room = ["rollout.max_model_len=64", "rollout.max_new_tokens=16", "ray.object_store_gb=0.001"]
     begin = time.perf_counter()
     assert main(["doctor", f"model.path={checkpoint}", *room]) == 0
-    assert time.perf_counter() - begin < 60  # about 6 s on a quiet machine
+    assert time.perf_counter() - begin < 120  # about 6 s on a quiet machine
     out = capsys.readouterr().out
     for word in (
         "python",

@@ -100,7 +100,7 @@ def test_fragments_that_cut_experts_add_up(cut: int) -> None:
     counts = torch.zeros(4, dtype=torch.int64)
     for start, piece in ((0, gradient[:cut]), (cut, gradient[cut:])):
         if len(piece):
-            num_zeros._add_experts(counts, slot, start, piece)
+            num_zeros.add_by_expert(counts, slot, start, piece, num_zeros._nonzeros)
     assert torch.equal(counts, gradient.view(4, 12).count_nonzero(1))
     assert counts[1] == 0
     assert len(CLASSES) == len(set(CLASSES))

@@ -536,3 +536,19 @@ def test_every_gate_can_be_accepted_or_has_a_reason_not_to() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"^teacher_workers\.accept='forein': .*choose among vocabulary"):
         TeacherWorkerConfig(accept=["forein"])
+
+
+def test_a_sure_teacher_is_not_hopeless() -> None:
+    """RL on one domain leaves -10 to -40 on what the teacher would never say; a wrong vocabulary is far on every token."""
+    subject = Subject(domain="tool", teacher=Teacher(key="teachers.tool", path="/t"))
+    limit = TeacherWorkerConfig().max_initial_kl
+    sure = np.where(np.arange(100) < 30, -30.0, 0.0)
+    row = preflight.kl_row(subject, sure, limit, 1.0, is_start=True)
+    assert row.verdict is Verdict.ok and row.number == pytest.approx(1.5) and "KL 9.000" in row.value
+    hopeless = np.full(100, -4.0)
+    row = preflight.kl_row(subject, hopeless, limit, 1.0, is_start=True)
+    assert (
+        row.verdict is Verdict.red
+        and "(each at most 5) to the student on its own samples is 4.000" in row.problem
+    )
+    assert preflight.kl_row(subject, hopeless * np.nan, limit, 1.0, is_start=True).verdict is Verdict.red

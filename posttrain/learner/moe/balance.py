@@ -90,7 +90,8 @@ def sequence_auxiliary_loss(
                 f"learner.aux_loss_coef={coefficient!r}: reentrant activation checkpointing hides the router scores; "
                 "use learner.gradient_checkpointing=false or the non-reentrant kind"
             )
-        layer = _layer_loss(scores[real].float(), indices[real], ids, num_local)
+        exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        layer = _layer_loss(exact[real], indices[real], ids, num_local)
         total = layer if total is None else total + layer
     assert total is not None, "no MoE layer"
     return total * (coefficient / num_sequences)

@@ -6,6 +6,7 @@ that no router can have had. Never used for teachers: a model without `RouterRep
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ class LiveRouting:
     num_tokens: Tensor  # float64: real tokens
     num_expected: Tensor  # float64: tokens that must have a route (``expected_mask``)
     outside_LN: Tensor  # uint8: recorded experts of each token that its live set lacks
+    # float64, zero without measure_health: tokens per expert by the recorded routes; entropy of the scores, 1 where all
+    # are equal, summed over tokens; tokens in that sum
+    replayed_counts_LE: Tensor = field(default_factory=lambda: torch.zeros(0))
+    entropy_L: Tensor = field(default_factory=lambda: torch.zeros(0))
+    scored_L: Tensor = field(default_factory=lambda: torch.zeros(0))
     scores: list[Tensor | None] = field(
         default_factory=list
     )  # per layer [N, E] with graph; only with keep_scores
@@ -55,6 +61,8 @@ class _Context:
     token_mask: Tensor | None  # [N] bool; None: every token is real
     keep_scores: bool
     is_nan_L: Tensor  # bool: layers whose router computed NaN for a real token
+    measure_health: bool = False
+    has_entropy: set[int] = field(default_factory=set)  # layers: a recompute need not measure again
 
 
 class RouterReplay:
@@ -104,18 +112,21 @@ class RouterReplay:
         token_mask_BT: Tensor | None = None,
         expected_mask_BT: Tensor | None = None,
         keep_scores: bool = False,
+        measure_health: bool = False,
     ) -> Iterator[RouterReplay]:
         """Replays ``routes_BTLK`` (int64, on the model's device) in every forward pass inside the block.
 
         Keep the block open through backward: activation checkpointing runs the routers again. A token with -1 in all K
         slots of a layer selects live; None selects live everywhere. ``token_mask_BT`` says which tokens are real (all
         by default) and ``expected_mask_BT`` which of them must have a route (the real ones by default), for `last`.
-        ``keep_scores`` keeps every layer's scores until the block closes, for `balance.sequence_auxiliary_loss`.
+        ``keep_scores`` keeps every layer's scores until the block closes, for `balance.sequence_auxiliary_loss`;
+        ``measure_health`` fills what `monitors.experts` needs.
         Raises ValueError for routes of another shape or type, out of range, partial or with an expert twice, and
         `NonFiniteRouterError` when the block ends and a router computed NaN for a real token.
         """
         assert self._context is None, "routes() blocks do not nest"
         self._context = self._open(routes_BTLK, token_mask_BT, keep_scores)
+        self._context.measure_health = measure_health
         self.last = self._empty(self._context, expected_mask_BT)
         try:
             yield self
@@ -163,8 +174,12 @@ class RouterReplay:
         expected = num_tokens if expected_mask_BT is None else expected_mask_BT.sum().double()
         zeros = torch.zeros(self.num_layers, dtype=torch.float64, device=device)
         layers: list[Tensor | None] = [None] * self.num_layers
+        counts = zeros[:, None].repeat(1, self.num_experts)
         return LiveRouting(
-            counts_LE=zeros[:, None].repeat(1, self.num_experts),
+            counts_LE=counts,
+            replayed_counts_LE=counts.clone(),
+            entropy_L=zeros.clone(),
+            scored_L=zeros.clone(),
             mismatched_L=zeros.clone(),
             replayed_L=zeros.clone(),
             num_tokens=num_tokens,
@@ -203,6 +218,9 @@ class RouterReplay:
             assert selection.has_selected, f"{router.name} selected no experts"
             if context.keep_scores and self.last is not None:
                 self.last.scores[index] = selection.scores
+            if context.measure_health and index not in context.has_entropy and selection.scores is not None:
+                context.has_entropy.add(index)
+                self._add_entropy(context, index, selection.scores)
             return out
 
         router.module.forward = forward  # type: ignore[method-assign]
@@ -215,6 +233,18 @@ class RouterReplay:
                 return of_block(*args, **kwargs)
 
         router.block.forward = forward_of_block  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def _add_entropy(self, context: _Context, index: int, scores: Tensor) -> None:
+        """``scores`` [N, E] >= 0; those of a token are divided by their sum first."""
+        assert self.last is not None
+        values = scores.detach().float()
+        total = values.sum(-1).clamp(min=1e-30)
+        entropy = total.log() - torch.xlogy(values, values).sum(-1) / total
+        if context.token_mask is not None:
+            entropy = entropy[context.token_mask]
+        self.last.entropy_L[index] = entropy.double().sum() / math.log(max(scores.shape[-1], 2))
+        self.last.scored_L[index] = len(entropy)
 
     def _select(self, context: _Context, index: int, live: Tensor, scores: Tensor | None) -> Tensor:
         """Indices [N, K] for MoE layer ``index``. Written by layer, not by call, so that a recompute changes nothing."""
@@ -247,6 +277,10 @@ class RouterReplay:
         last.replayed_L[index] = replayed.sum()
         last.mismatched_L[index] = (replayed * ~same).sum()
         last.outside_LN[index] = (outside * replayed).to(torch.uint8)
+        if context.measure_health:
+            last.replayed_counts_LE[index] = weights.new_zeros(self.num_experts).scatter_add_(
+                0, recorded.clamp(min=0).flatten(), replayed[:, None].expand_as(recorded).flatten()
+            )
         # Equal sets keep the live order: where nothing differs, no bit of the output changes. Where the weights depend
         # on the order, the order is part of what was recorded.
         keep = is_live if self.routers[index].is_ordered else is_live | same

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the accumulated gradient of a parameter under each ZeRO stage.
+"""Where DeepSpeed keeps the accumulated gradient, and the weights, of a parameter under each ZeRO stage.
 
 Every rank sees its own fragment; the fragments of all ranks tile a parameter exactly once, padding left out. Valid
 between the last backward of a batch and ``engine.step()``.
@@ -27,11 +27,27 @@ def local_fragment(parameter: nn.Parameter, rank: int, num_ranks: int) -> tuple[
         return _zero3_fragment(parameter)
     if hasattr(parameter, "_hp_mapping"):
         return _zero12_fragment(parameter)
-    share = -(-parameter.numel() // num_ranks)
-    start = min(rank * share, parameter.numel())
-    length = min(share, parameter.numel() - start)
+    start, length = _share(parameter, rank, num_ranks)
     gradient = parameter.grad
     return start, length, None if gradient is None else gradient.reshape(-1)[start : start + length]
+
+
+def weight_fragment(parameter: nn.Parameter, rank: int, num_ranks: int) -> tuple[int, Tensor]:
+    """(start, weights [length]) of a share of the flattened parameter; those of all ranks tile it once. ZeRO-3: the
+    partition, cut where its padding begins; every other stage has all weights, and each rank looks at an equal share."""
+    if hasattr(parameter, "ds_id"):
+        partitioned: Any = parameter
+        size = partitioned.partition_numel()
+        start = partitioned._z3_optimizer._get_param_partition_rank(partitioned) * size
+        return start, partitioned.ds_tensor.detach()[: max(min(size, partitioned.ds_numel - start), 0)]
+    start, length = _share(parameter, rank, num_ranks)
+    return start, parameter.detach().reshape(-1)[start : start + length]
+
+
+def _share(parameter: nn.Parameter, rank: int, num_ranks: int) -> tuple[int, int]:
+    share = -(-parameter.numel() // num_ranks)
+    start = min(rank * share, parameter.numel())
+    return start, min(share, parameter.numel() - start)
 
 
 def _zero3_fragment(parameter: Any) -> tuple[int, int, Tensor | None]:

@@ -8,6 +8,7 @@ Both are claims of the report, not of ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class NumZeros:
                 continue
             nonzeros[CLASSES.index(slot.module_class)] += torch.count_nonzero(gradient)
             if slot.module_class == "routed_expert":
-                _add_experts(experts[slot.layer], slot, start, gradient)
+                add_by_expert(experts[slot.layer], slot, start, gradient, _nonzeros)
         packed = torch.cat([nonzeros, experts.flatten()])
         if num_ranks > 1:
             dist.all_reduce(packed)
@@ -87,19 +88,28 @@ def _shape(parameter: Any) -> torch.Size:
     return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
 
 
-def _add_experts(nonzeros_E: Tensor, slot: Slot, start: int, gradient: Tensor) -> None:
-    """Adds the non-zero elements of a fragment [length] that begins at element ``start`` to its experts' counts."""
+def _nonzeros(rows: Tensor) -> Tensor:
+    return torch.count_nonzero(rows, dim=1)
+
+
+def add_by_expert(
+    totals_E: Tensor, slot: Slot, start: int, fragment: Tensor, measure: Callable[[Tensor], Tensor]
+) -> None:
+    """Adds ``measure`` ([n, size] -> [n], 0 for zeros) of a fragment [length] of a routed expert's parameter, which begins at
+    element ``start``, to the totals of its experts."""
     if slot.expert >= 0:
-        nonzeros_E[slot.expert] += torch.count_nonzero(gradient)
+        totals_E[slot.expert] += measure(fragment[None])[0]
         return
-    num_experts, num_rows = len(nonzeros_E), _shape(slot.parameter)[0]
+    num_experts, num_rows = len(totals_E), _shape(slot.parameter)[0]
     # DBRX lays several rows to an expert; LongCat has rows beyond the experts, for choices that compute nothing.
     size = _numel(slot.parameter) // (num_experts if num_rows % num_experts == 0 else num_rows)
-    first, last = start // size, (start + len(gradient) - 1) // size
-    padded = gradient.new_zeros((last - first + 1) * size)
-    padded[start - first * size :][: len(gradient)] = gradient
-    counts = torch.count_nonzero(padded.view(-1, size), dim=1)[: max(num_experts - first, 0)]
-    nonzeros_E[first : first + len(counts)] += counts
+    first, last = start // size, (start + len(fragment) - 1) // size
+    if start % size or len(fragment) % size:
+        padded = fragment.new_zeros((last - first + 1) * size)
+        padded[start - first * size :][: len(fragment)] = fragment
+        fragment = padded
+    totals = measure(fragment.view(-1, size))[: max(num_experts - first, 0)]
+    totals_E[first : first + len(totals)] += totals
 
 
 def _classify(model: nn.Module) -> tuple[int, int, list[Slot]]:
