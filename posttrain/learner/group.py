@@ -91,8 +91,7 @@ class LearnerGroup:
     def expert_load(self) -> dict[str, Any]:
         """Tokens per layer and expert over the last `learner.expert_window` train steps: ``num_steps``, ``layers`` (global
         numbers), ``live`` and ``replayed`` [L][E] (None: nothing was replayed). MoE models only, after a train step."""
-        self._ready()
-        return self._wait([self._ranks[0].expert_load.remote()])[0]
+        return self._call("expert_load")[0]
 
     def mismatch(self, samples: Sequence[SampleRef]) -> dict[str, float]:
         """Policy against rollout logprobs on ``samples``: k3, f1.1, f1.25, f2 and the same ``_without`` replay; for MoE
