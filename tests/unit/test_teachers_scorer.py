@@ -144,13 +144,15 @@ def test_softmax_never_holds_more_logits_than_the_chunk(
 
 @pytest.mark.parametrize("build", [tiny_mimo, tiny_dense])
 def test_types_and_dense_models(build: Callable[..., Path], tmp_path: Path) -> None:
-    """bfloat16 scores are near float32 ones but not equal; a dense model loads with the default experts option."""
+    """bfloat16 scores are near float32 ones but not equal; a dense model loads with the default experts option. On some
+    processors rounding sends a token to another expert, which moves that one by more."""
     path = str(build(tmp_path / "model"))
     full, half = (
         Scorer(path, ModelConfig(), dtype).score(sequences([60]), 512)[0].logprobs for dtype in Dtype
     )
     assert half.dtype == np.float32
-    assert 0 < np.abs(full - half).max() < 0.1
+    gap = np.abs(full - half)
+    assert 0 < np.median(gap) < 0.02 and gap.max() < 0.5
 
 
 def test_experts_implementation_follows_the_config(qwen3_moe: Path) -> None:
