@@ -36,6 +36,8 @@ class HeldOut:
         settings: how they are sampled, with a seed.
         measured_on: what else the accuracies at the start depend on: model, teachers, rewards, environments.
         teacher_paths: domain -> checkpoint of the teachers to measure; empty for none.
+        event: notes what could not be measured; a domain with a failed rollout or reward has no accuracy at that step,
+            and neither has the mean, but training goes on.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class HeldOut:
         folder: RunFolder,
         measured_on: dict[str, Any],
         teacher_paths: dict[str, str],
+        event: Callable[..., None],
     ) -> None:
         assert settings.seed is not None, "an evaluation samples from seeds of its own"
         self._every_steps = cfg.every_steps
@@ -56,6 +59,7 @@ class HeldOut:
         self._rollouts = rollouts
         self._rewards = rewards
         self._folder = folder
+        self._event = event
         self._teacher_paths = {d: path for d, path in teacher_paths.items() if d in prompts}
         ids = json.dumps([[p.prompt_id for p in members] for members in prompts.values()])
         self._measured_on = measured_on | {
@@ -74,27 +78,29 @@ class HeldOut:
         """Metrics of the model that training starts from, and of the teachers on their own domains. Measures what a
         former attempt at the first step has not. ``restore_weights`` puts the policy back after the teachers."""
         if self._start is None:
-            start = self._evaluate(self._prompts, others)
+            start = self._evaluate(0, self._prompts, others)
             teachers: dict[str, dict[str, float]] = {}
             for domain, path in self._teacher_paths.items():
                 self._rollouts.load_checkpoint(path, 0)
-                teachers |= self._evaluate({domain: self._prompts[domain]}, others)
+                teachers |= self._evaluate(0, {domain: self._prompts[domain]}, others)
             if teachers:
                 restore_weights()
             self._start = {"measured_on": self._measured_on, "start": start, "teachers": teachers}
             self._folder.write_json(START_FILE, self._start)
-        metrics = _flat(self._start["start"])
+        metrics = self._flat(self._start["start"])
         for domain, teacher in self._start["teachers"].items():
             metrics[f"eval/{domain}/teacher"] = teacher["accuracy"]
         return metrics
 
-    def metrics(self, others: Others) -> dict[str, float]:
+    def metrics(self, step: int, others: Others) -> dict[str, float]:
         """Accuracies of the present policy; where those of the start are known also eval/<domain>/gain, and
         eval/<domain>/headroom where the teacher's is."""
-        now = self._evaluate(self._prompts, others)
-        metrics = _flat(now)
+        now = self._evaluate(step, self._prompts, others)
+        metrics = self._flat(now)
         known = self._start or {"start": {}, "teachers": {}}
         for domain, start in known["start"].items():
+            if domain not in now:
+                continue
             gain = now[domain]["accuracy"] - start["accuracy"]
             metrics[f"eval/{domain}/gain"] = gain
             teacher = known["teachers"].get(domain)
@@ -102,10 +108,26 @@ class HeldOut:
                 metrics[f"eval/{domain}/headroom"] = gain / way
         return metrics
 
-    def _evaluate(self, prompts: dict[str, list[Prompt]], others: Others) -> dict[str, dict[str, float]]:
+    def _evaluate(
+        self, step: int, prompts: dict[str, list[Prompt]], others: Others
+    ) -> dict[str, dict[str, float]]:
+        failed: dict[str, str] = {}
         with self._rollouts.keep_random_state():
-            scores = evaluate(self._rollouts, self._rewards, prompts, self._settings, None, others)
+            scores = evaluate(self._rollouts, self._rewards, prompts, self._settings, None, others, failed)
+        for domain, why in failed.items():
+            message = f"step {step}: no accuracy of {domain}: {why}"
+            self._event("eval_incomplete", step=step, domain=domain, message=message)
         return {domain: accuracy(rewards) for domain, rewards in scores.sampled.items()}
+
+    def _flat(self, accuracies: dict[str, dict[str, float]]) -> dict[str, float]:
+        """eval/<domain>, eval/<domain>/low and /high, and eval/all, the mean over the domains, where none is missing."""
+        metrics = {}
+        if len(accuracies) == len(self._prompts):
+            metrics["eval/all"] = float(np.mean([a["accuracy"] for a in accuracies.values()]))
+        for domain, found in accuracies.items():
+            metrics[f"eval/{domain}"] = found["accuracy"]
+            metrics |= {f"eval/{domain}/{end}": found[end] for end in ("low", "high")}
+        return metrics
 
 
 def accuracy(rewards: np.ndarray) -> dict[str, float]:
@@ -122,12 +144,3 @@ def accuracy(rewards: np.ndarray) -> dict[str, float]:
     centre = (mean + Z**2 / (2 * num)) / (1 + Z**2 / num)
     half = Z / (1 + Z**2 / num) * np.sqrt(mean * (1 - mean) / num + Z**2 / (4 * num**2))
     return {"accuracy": mean, "low": float(max(0.0, centre - half)), "high": float(min(1.0, centre + half))}
-
-
-def _flat(accuracies: dict[str, dict[str, float]]) -> dict[str, float]:
-    """eval/<domain>, eval/<domain>/low and /high, and eval/all, the mean over the domains."""
-    metrics = {"eval/all": float(np.mean([a["accuracy"] for a in accuracies.values()]))}
-    for domain, found in accuracies.items():
-        metrics[f"eval/{domain}"] = found["accuracy"]
-        metrics |= {f"eval/{domain}/{end}": found[end] for end in ("low", "high")}
-    return metrics

@@ -75,7 +75,7 @@ class LiveTeachers:
         self._former_rows: dict[str, list[GateRow]] = {}
         self._fingerprints = {d: teacher_fingerprint(t) for d, t in record.teachers.items()}
         self._stamp: tuple[int, int] | None = None
-        # sha256 of the file that was read last, and of the one that was carried out last
+        # sha256 of the file whose teachers were loaded last, and of the one whose trial is over
         self._digest = self._done = record.file
         self.version = record.version
         self.unchecked = set(record.teachers)  # domains whose teacher waits for samples
@@ -103,9 +103,9 @@ class LiveTeachers:
         digest = hashlib.sha256(text).hexdigest()
         if digest == self._done:
             return
-        self._digest = digest
         try:  # a mistake here must not stop a run
             self.set_teachers(self._parse(text), step)
+            self._digest = digest
         except UserError as error:
             self._tracker.event(
                 "teacher_swap_refused", step=step, version=self.version, message=f"{FILE}: {error}"
@@ -193,6 +193,7 @@ class LiveTeachers:
     def _take_back(self, domain: str, step: int, error: BaseException) -> None:
         """Return to the former teacher of ``domain``, which is measured on the same samples."""
         refused, former = self._in_use[domain], self._former.pop(domain)
+        fingerprint = self._fingerprints[domain]
         self._set(self._in_use | {domain: former})
         self._preflight.replace(domain, former, self._former_rows.pop(domain))
         self._in_use[domain] = former
@@ -204,7 +205,7 @@ class LiveTeachers:
             version=self.version,
             domain=domain,
             path=refused.name,
-            fingerprint=self._fingerprints[domain],
+            fingerprint=fingerprint,
             message=f"{domain} goes back to {former.name}: {reason(error)}",
         )
         self._save()

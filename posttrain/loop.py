@@ -163,7 +163,7 @@ class PolicyLoop:
             self.gaps.observe(by_domain(metrics, "advantage_abs"))
             if self.held_out is not None and self.held_out.is_due(step, last_step):
                 with clock("eval"):
-                    metrics |= self.held_out.metrics(self.sort_in)
+                    metrics |= self.held_out.metrics(step, self.sort_in)
             if self.rollout_samples and is_sampled_step:
                 self.write_samples(wave, step)
             if is_window_end(self.learner, step, last_step, metrics):

@@ -97,19 +97,23 @@ def evaluate(
     sampled: SamplingSettings,
     greedy: SamplingSettings | None,
     others: Others | None = None,
+    failed: dict[str, str] | None = None,
 ) -> Scores:
     """Score the model that the rollout workers hold. A truncated answer keeps the reward its verifier gives it.
     ``others`` gets what finishes meanwhile and is not of this evaluation; with a seed in ``sampled`` every prompt samples
     from streams of its own.
 
+    A rollout or a reward that fails makes the accuracy over the rest another number. With ``failed`` its domain is left
+    out of the scores and named there with the reason, and nothing stays in flight.
+
     Raises:
-        UserError: a rollout or a reward failed; an accuracy over the rest would be another number.
+        UserError: something failed, and ``failed`` is None.
     """
     return Scores(
-        sampled=_scores(rollouts, rewards, prompts, sampled, others),
+        sampled=_scores(rollouts, rewards, prompts, sampled, others, failed),
         greedy=None
         if greedy is None
-        else {d: a[:, 0] for d, a in _scores(rollouts, rewards, prompts, greedy, others).items()},
+        else {d: a[:, 0] for d, a in _scores(rollouts, rewards, prompts, greedy, others, failed).items()},
     )
 
 
@@ -119,6 +123,7 @@ def _scores(
     prompts: dict[str, list[Prompt]],
     settings: SamplingSettings,
     others: Others | None,
+    failed: dict[str, str] | None,
 ) -> dict[str, np.ndarray]:
     arrays = {d: np.full((len(p), settings.group_size), np.nan) for d, p in prompts.items()}
     cells: dict[str, tuple[str, int]] = {}
@@ -138,21 +143,29 @@ def _scores(
             arrived = [(r, s) for r, s in arrived if s.group_id in cells]
             lost = [group_id for group_id in lost if group_id in cells]
         if lost:
-            raise UserError(f"evaluation: {len(lost)} prompts were given up: {rollouts.quarantined[-1]}")
+            why = f"{len(lost)} prompts were given up: {rollouts.quarantined[-1]}"
+            _fail([cells[group_id][0] for group_id in lost if group_id in cells], why, failed)
         finished += arrived
-        num_waiting -= len(arrived)
-        if len(finished) >= GROUPS_PER_CALL or not num_waiting:
+        num_waiting -= len(arrived) + len(lost)
+        if finished and (len(finished) >= GROUPS_PER_CALL or not num_waiting):
             scoring.append((finished, rewards.score([ref for ref, _ in finished])))
             finished = []
     for groups, call in scoring:
         scored = rewards.results([(ref, settings.group_size) for ref, _ in groups], call)
         for (_, summary), results in zip(groups, scored, strict=True):
             for j, result in enumerate(results):
-                if result.error is not None:
-                    raise UserError(f"evaluation: {summary.group_id}: {result.error}")
                 domain, i = cells[summary.group_id]
+                if result.error is not None:
+                    _fail([domain], f"{summary.group_id}: {result.error}", failed)
                 arrays[domain][i, j] = result.reward
-    return arrays
+    return {domain: array for domain, array in arrays.items() if domain not in (failed or {})}
+
+
+def _fail(domains: list[str], why: str, failed: dict[str, str] | None) -> None:
+    if failed is None:
+        raise UserError(f"evaluation: {why}")
+    for domain in domains:
+        failed.setdefault(domain, why)
 
 
 def _with_own_seed(settings: SamplingSettings, group_id: str) -> SamplingSettings:

@@ -119,7 +119,7 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
                 decode=lambda token_ids: tokenizer.decode(token_ids.tolist(), skip_special_tokens=False),
                 rollout_samples=cfg.tracking.rollout_samples,
                 rollout_every_steps=cfg.tracking.rollout_every_steps,
-                held_out=held_out(cfg, held_out_prompts, rollouts, rewards, folder, taught),
+                held_out=held_out(cfg, held_out_prompts, rollouts, rewards, folder, taught, tracker),
                 gaps=gaps,
                 alarms=cfg.tracking.alarms,
             )
@@ -193,6 +193,7 @@ def held_out(
     rewards: RewardPool | None,
     folder: RunFolder,
     taught: dict[str, Teacher],
+    tracker: Tracker,
 ) -> HeldOut | None:
     """What evaluates the policy while it trains; None when nothing does."""
     if not prompts:
@@ -215,7 +216,9 @@ def held_out(
         if cfg.eval.teachers
         else {}
     )
-    return HeldOut(cfg.eval, prompts, settings, rollouts, rewards, folder, measured_on, teachers)
+    return HeldOut(
+        cfg.eval, prompts, settings, rollouts, rewards, folder, measured_on, teachers, tracker.event
+    )
 
 
 def max_prompt_tokens(cfg: PolicyRun) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,9 @@ def test_a_teacher_that_fails_on_samples_is_taken_back(world: World) -> None:
         and "goes back to" in event["message"]
         and "too far" in event["message"]
     )
+    assert event["fingerprint"] == world.events("teacher_swap")[-1]["fingerprint"], (
+        "of the one that was refused"
+    )
     assert world.live.version == event["version"] == 4
     assert [name for name, _ in world.preflight.measured[-2:]] == ["c", "a"], "on the same samples"
     assert world.live.unchecked == set()
@@ -284,6 +288,16 @@ def test_a_resumed_run_uses_the_swapped_teacher(world: World) -> None:
     world.live.read_file(5)
     assert world.held == {"math": "c", "code": "student"}, "the call came after the file"
     assert world.live.version == version and world.live.unchecked == {"math", "code"}
+
+
+def test_a_refused_file_is_not_noted_as_carried_out(world: World) -> None:
+    world.check()
+    world.write("math: nowhere\n")
+    world.live.read_file(2)
+    world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
+    world.check(3)
+    record = json.loads((world.folder / "teachers.json").read_text())
+    assert record["file"] is None and record["teachers"]["math"]["path"] == f"{world.root}/b"
 
 
 def test_a_path_alone_keeps_the_back_end(world: World) -> None:

@@ -37,6 +37,7 @@ from posttrain.records import (
     SampleRef,
     SamplingSettings,
 )
+from posttrain.runs.evaluate import evaluate
 from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
@@ -210,17 +211,18 @@ class Run:
             state = json.loads(former.folder.states[first_step - 1])
             scheduler.load_state(state["scheduler"])
             gaps = GapFollower(state["gaps"])
-        held_out = None
-        if self.every_steps:
-            by_domain = {d: [p for p in prompts("e", 10) if p.domain == d] for d in DOMAINS}
-            sampled = SamplingSettings(group_size=2, seed=7)
-            cfg = StepEvalConfig(every_steps=self.every_steps)
-            held_out = HeldOut(
-                cfg, by_domain, sampled, pool, rewards, folder, self.measured_on, self.teachers
-            )
         quiet = TrackingConfig(wandb=WandbMode.disabled, console=False)
         learner: Any = self.learner
         with Tracker(self.folder.path, quiet, "t", {}, STEPS, first_step - 1) as tracker:
+            held_out = None
+            if self.every_steps:
+                by_domain = {d: [p for p in prompts("e", 10) if p.domain == d] for d in DOMAINS}
+                sampled = SamplingSettings(group_size=2, seed=7)
+                cfg = StepEvalConfig(every_steps=self.every_steps)
+                measured_on, event = self.measured_on, tracker.event
+                held_out = HeldOut(
+                    cfg, by_domain, sampled, pool, rewards, folder, measured_on, self.teachers, event
+                )
             PolicyLoop(
                 algorithm=self.algorithm,
                 loss=LossSettings(kind="ppo_clip"),
@@ -334,12 +336,14 @@ def test_teachers_are_measured_once_and_give_the_headroom(tmp_path: Path, monkey
     scores = iter([0.4, 0.9, 0.6, 0.7, 0.8])  # start, teacher, steps 2, 4 and 6
     measured: list[tuple[int, tuple[str, ...]]] = []
 
-    def evaluate(self: HeldOut, members: dict[str, list[Prompt]], others: Any) -> dict[str, dict[str, float]]:
+    def evaluated(
+        self: HeldOut, step: int, members: dict[str, list[Prompt]], others: Any
+    ) -> dict[str, dict[str, float]]:
         value = next(scores)
         measured.append((run.rollouts.version, tuple(members)))
         return {d: {"accuracy": value, "low": value - 0.1, "high": value + 0.1} for d in members}
 
-    monkeypatch.setattr(HeldOut, "_evaluate", evaluate)
+    monkeypatch.setattr(HeldOut, "_evaluate", evaluated)
     run = Run(tmp_path, 2, teachers={"math": "/teacher", "law": "/other"})
     run.start()
     assert run.rollouts.loaded == ["/teacher"]
@@ -352,13 +356,68 @@ def test_teachers_are_measured_once_and_give_the_headroom(tmp_path: Path, monkey
     assert json.loads((tmp_path / START_FILE).read_text())["teachers"]["math"]["accuracy"] == 0.9
 
 
-def test_a_reward_that_fails_in_an_evaluation_ends_the_run(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_domain_that_fails_in_an_evaluation_is_left_out_and_training_goes_on(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A reward that raises in math, then a prompt of it that is given up: code is measured, and nothing stays in flight."""
+    plain = Run(tmp_path / "plain").start()
+    score, wait = FakeRewards.score, FakeRollouts.wait
+
+    def no_verifier(self: FakeRewards, refs: list[Any]) -> list[list[RewardResult]]:
+        return [
+            [
+                RewardResult(reward=0.0, error="no verifier") if name.startswith("eval-math") else r
+                for r in rewards
+            ]
+            for (name, _), rewards in zip(refs, score(self, refs), strict=True)
+        ]
+
+    monkeypatch.setattr(FakeRewards, "score", no_verifier)
+    run = Run(tmp_path / "eval", 2).start()
+    assert run.training == plain.training and run.rollouts.lengths == plain.rollouts.lengths
+    assert run.rollouts.queue == []
+    measured = [row for row in run.rows if "eval/code" in row]
+    assert [row["step"] for row in measured] == [0, 2, 4, 6] and "eval/code/gain" in measured[-1]
+    assert not any("eval/math" in row or "eval/all" in row for row in run.rows)
+    events = [e for e in read_jsonl(run.folder.path / "events.jsonl") if e["kind"] == "eval_incomplete"]
+    assert [(e["step"], e["domain"]) for e in events] == [(step, "math") for step in (0, 2, 4, 6)]
+    assert "no verifier" in events[0]["message"]
+
+    monkeypatch.setattr(FakeRewards, "score", score)
+    lost: list[str] = []
+
+    def give_up(self: FakeRollouts, timeout_s: float) -> list[tuple[Any, GroupSummary]]:
+        gone = [r for r in self.queue if r[2] == "eval-math-0"]
+        self.queue = [r for r in self.queue if r not in gone]
+        lost.extend(name for *_, name in gone)
+        self.quarantined += [(name, "prompt too long") for *_, name in gone]
+        return wait(self, timeout_s) if self.queue else []
+
+    def pop_lost(self: FakeRollouts) -> list[str]:
+        found = list(lost)
+        lost.clear()
+        return found
+
+    monkeypatch.setattr(FakeRollouts, "wait", give_up)
+    monkeypatch.setattr(FakeRollouts, "pop_lost", pop_lost)
+    other = Run(tmp_path / "lost", 2).start()
+    assert other.training == plain.training
+    assert all(
+        ("eval/code" in row) == (row["step"] % 2 == 0) and "eval/math" not in row for row in other.rows
+    )
+    events = [e for e in read_jsonl(other.folder.path / "events.jsonl") if e["kind"] == "eval_incomplete"]
+    assert len(events) == 4 and "prompt too long" in events[0]["message"]
+
+
+def test_an_evaluation_of_its_own_stops_at_the_first_failure(monkeypatch: Any) -> None:
     def score(self: FakeRewards, refs: list[Any]) -> list[list[RewardResult]]:
         return [[RewardResult(reward=0.0, error="no verifier")] * len(lengths) for _, lengths in refs]
 
     monkeypatch.setattr(FakeRewards, "score", score)
+    pool: Any = FakeRollouts()
+    rewards: Any = FakeRewards()
     with pytest.raises(UserError, match=r"evaluation: eval-.*: no verifier"):
-        Run(tmp_path, 2).start()
+        evaluate(pool, rewards, {"math": prompts("e", 2)}, SamplingSettings(group_size=2, seed=7), None)
 
 
 # Accuracy -----------------------------------------------------------------------------------------------------------
