@@ -1,0 +1,234 @@
+"""SFT throughput of the learner against TRL's SFTTrainer with packing: same model, data, machine and loss.
+
+    .venv/bin/python -m benchmarks.sft_throughput [--json FILE] [--models NAME ...] [--pairs 12] [--steps 4] [--quick]
+
+Each side is a process in its own environment (TRL: .venv-trl, which `scripts/setup_trl.sh` makes). They take blocks of
+optimizer steps in turn: a pair of blocks, ours and TRL's, gives one ratio of tokens per second, and the interval is a
+bootstrap over pairs. TRL packs the documents, and our learner gets the very same documents in every optimizer step, so
+the training losses must agree step by step, and the held-out losses at the end. Both train in float32 with the mean
+over all loss tokens of the global batch, AdamW, a constant rate and clipping; both get the row length and micro-batch
+that is fastest for them (ROW_TOKENS and so on, chosen by sweeps that docs/log.md has). Tokens are real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.blocks import Child, alternate
+from examples.tiny.make_data import SFT, build
+from examples.tiny.model import build_model
+from posttrain.config import DataConfig
+from posttrain.data.sources import load_conversations
+from posttrain.data.tokenizer import load_tokenizer
+from posttrain.manifest import code_revision
+
+FOLDER = Path("benchmarks") / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / FOLDER / "sft_throughput.json"
+TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
+
+MODELS = ("mimo_v2_flash", "qwen3_moe")
+ROW_TOKENS = 512  # TRL's max_length
+ROWS_PER_MICRO_BATCH = 1
+TOKENS_PER_STEP = 4096
+OURS = {"pack_tokens": 512, "max_tokens_per_micro_batch": 2048}
+LR, BETAS, EPS, GRAD_CLIP = 1e-3, [0.9, 0.95], 1e-8, 1.0
+
+NUM_HELD_OUT = 128
+WARM_UP_STEPS = 6
+LOSS_WINDOW = 5  # steps of the moving average
+LOSS_BAR = 0.01  # nat: smoothed training loss and held-out loss may differ by so much
+IGNORED = -100
+NUM_DRAWS = 4000
+
+
+def write_data(folder: Path, family: str, num_steps: int) -> None:
+    """The random model and, as token ids with labels, the demonstrations of the tiny domains."""
+    build_model(folder / "model", 0, family=family)
+    # The shortest documents have some 8 tokens; a quarter of them would do at the mean length.
+    rows = build(0, num_sft=num_steps * TOKENS_PER_STEP // 8, num_prompts=1, num_valid=1, num_heldout=1)[SFT]
+    (folder / SFT).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = load_conversations(
+        DataConfig(path=str(folder / SFT)), load_tokenizer(str(folder / "model")), ROW_TOKENS
+    )
+    documents = [
+        {
+            "input_ids": s.token_ids.tolist(),
+            "labels": np.where(s.loss_mask, s.token_ids, IGNORED).tolist(),
+        }
+        for s in samples
+    ]
+    data = {"held_out": documents[:NUM_HELD_OUT], "train": documents[NUM_HELD_OUT:]}
+    (folder / "data.json").write_text(json.dumps(data))
+
+
+def settings(folder: Path, total_steps: int, num_threads: int) -> dict[str, Any]:
+    """What both children get; the keys that one of them ignores are the other's own."""
+    adamw = {"lr": LR, "betas": BETAS, "eps": EPS, "grad_clip": GRAD_CLIP}
+    return {
+        "work": str(folder),
+        "model": str(folder / "model"),
+        "data": str(folder / "data.json"),
+        "steps": str(folder / "steps.jsonl"),
+        "total_steps": total_steps,
+        "num_threads": num_threads,
+        "seed": 0,
+        "row_tokens": ROW_TOKENS,
+        "rows_per_micro_batch": ROWS_PER_MICRO_BATCH,
+        "micro_batches": TOKENS_PER_STEP // ROW_TOKENS // ROWS_PER_MICRO_BATCH,
+        "learner": adamw | OURS | {"warmup_steps": 0},
+        **adamw,
+    }
+
+
+def measure(folder: Path, family: str, num_pairs: int, steps: int, num_threads: int) -> dict[str, Any]:
+    """One model: both children, a warm-up, the pairs, and how the losses agree."""
+    total_steps = WARM_UP_STEPS + num_pairs * steps
+    write_data(folder, family, total_steps)
+    given = settings(folder, total_steps, num_threads)
+
+    def start(name: str, python: str, log: str) -> tuple[Child, dict[str, Any]]:
+        module = f"benchmarks.sft_throughput_{name}"
+        child = Child(name, [python, "-m", module], given, folder / log, num_threads)
+        return child, child.receive()
+
+    trl, about_trl = start("trl", str(TRL_PYTHON), "trl.log")  # first: it writes the steps that ours reads
+    ours, about_ours = start("ours", sys.executable, "ours.log")
+    try:
+        for child in (ours, trl):
+            child.ask({"steps": WARM_UP_STEPS})
+        pairs, idle = alternate(ours, trl, num_pairs, steps)
+        ends = {child.name: child.ask({"finish": True}) for child in (ours, trl)}
+    finally:
+        for child in (ours, trl):
+            child.close()
+    tokens, loss_tokens = count_tokens(folder / "steps.jsonl", steps)
+    return {
+        "model": family,
+        **throughput(pairs, tokens, loss_tokens),
+        "losses": compare_losses(ends["ours"]["losses"], ends["trl"]["losses"]),
+        "held_out": {
+            "before": [about_ours["held_out"], about_trl["held_out"]],
+            "after": [ends["ours"]["held_out"], ends["trl"]["held_out"]],
+        },
+        "attention": [about_ours["attention"], about_trl["attention"]],
+        "versions": about_trl["versions"] | about_ours["versions"],
+        "idle_cpu_share": idle,
+        "curves": {name: [round(loss, 5) for loss in end["losses"]] for name, end in ends.items()},
+    }
+
+
+def count_tokens(file: Path, steps: int) -> tuple[list[int], list[int]]:
+    """Tokens and loss tokens of every measured block; there is no padding among them."""
+    tokens, loss_tokens = [], []
+    for line in file.read_text().splitlines()[WARM_UP_STEPS:]:
+        documents = json.loads(line)
+        tokens.append(sum(len(d["input_ids"]) for d in documents))
+        loss_tokens.append(sum(label != IGNORED for d in documents for label in d["labels"]))
+    return [list(np.add.reduceat(c, range(0, len(c), steps)).tolist()) for c in (tokens, loss_tokens)]  # type: ignore[return-value]
+
+
+def throughput(
+    pairs: list[tuple[float, float]], tokens: list[int], loss_tokens: list[int]
+) -> dict[str, Any]:
+    """Tokens per second of both sides (medians over blocks), and the ratio ours / TRL: the median over pairs with its
+    95 % bootstrap interval. ``pairs`` are seconds (ours, TRL) of blocks that hold the same tokens."""
+    seconds = np.array(pairs)
+    ratios = seconds[:, 1] / seconds[:, 0]
+    draws = np.median(np.random.default_rng(0).choice(ratios, (NUM_DRAWS, len(ratios))), axis=1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    found: dict[str, Any] = {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
+    for index, name in enumerate(("ours", "trl")):
+        found[name] = {
+            "tokens_per_s": float(np.median(np.array(tokens) / seconds[:, index])),
+            "loss_tokens_per_s": float(np.median(np.array(loss_tokens) / seconds[:, index])),
+            "seconds": seconds[:, index].tolist(),
+        }
+    return found | {"num_tokens": sum(tokens), "num_loss_tokens": sum(loss_tokens)}
+
+
+def compare_losses(ours: list[float], trl: list[float]) -> dict[str, float]:
+    """Largest differences of the training losses, step by step and of their moving averages, and where they end."""
+    assert len(ours) == len(trl), "the two sides took different numbers of steps"
+    window = np.ones(LOSS_WINDOW) / LOSS_WINDOW
+    smooth = [np.convolve(curve, window, "valid") for curve in (ours, trl)]
+    return {
+        "max_difference": float(np.abs(np.array(ours) - np.array(trl)).max()),
+        "max_smoothed_difference": float(np.abs(smooth[0] - smooth[1]).max()),
+        "first": float(smooth[0][0]),
+        "last": float(smooth[0][-1]),
+    }
+
+
+def is_equal(result: dict[str, Any]) -> bool:
+    """Whether the two sides trained the same: loss curve and held-out losses within LOSS_BAR."""
+    gaps = [abs(a - b) for a, b in result["held_out"].values()]
+    return max(result["losses"]["max_smoothed_difference"], *gaps) <= LOSS_BAR
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | tokens/s ours | TRL | loss tokens/s ours | TRL | ratio | training loss differs by | held-out loss ours | TRL | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        after = r["held_out"]["after"]
+        verdict = "met" if r["low"] >= 1 and is_equal(r) else "not met"
+        lines.append(
+            f"| {r['model']} | {r['ours']['tokens_per_s']:,.0f} | {r['trl']['tokens_per_s']:,.0f}"
+            f" | {r['ours']['loss_tokens_per_s']:,.0f} | {r['trl']['loss_tokens_per_s']:,.0f}"
+            f" | {r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+            f" | {r['losses']['max_smoothed_difference']:.1e} | {after[0]:.4f} | {after[1]:.4f} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a block")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of each side")
+    parser.add_argument("--quick", action="store_true", help="one model, four pairs; written nowhere by default")
+    args = parser.parse_args()
+    if args.quick:
+        args.models, args.pairs = args.models[:1], 4
+    subprocess.run([ROOT / "scripts" / "setup_trl.sh"], check=True)
+    results = []
+    for family in args.models:
+        with tempfile.TemporaryDirectory() as temporary:
+            results.append(measure(Path(temporary), family, args.pairs, args.steps, args.threads))
+        print(json.dumps({k: v for k, v in results[-1].items() if k != "curves"}), flush=True)
+    print(table(results))
+    models = " ".join(args.models)
+    written = {
+        "results": results,
+        "settings": {"trl": [ROW_TOKENS, ROWS_PER_MICRO_BATCH], "ours": OURS, "tokens_per_step": TOKENS_PER_STEP},
+        "num_threads": args.threads,
+        "commit": code_revision(str(FOLDER)),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"python -m benchmarks.sft_throughput --models {models} --pairs {args.pairs} --steps {args.steps}"
+        f" --threads {args.threads}",
+        "machine": platform.processor() or platform.machine(),
+    }
+    file = args.json or (None if args.quick else RESULTS)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(written, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
