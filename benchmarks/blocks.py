@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -85,18 +85,32 @@ class Child:
             self.process.wait()
 
 
+@dataclass(kw_only=True, slots=True)
+class Block:
+    """What a block of steps cost: seconds by the child's own clock, and CPU time of all its threads, which other work on
+    the machine lengthens less."""
+
+    seconds: float
+    cpu_seconds: float
+
+
 def alternate(
     first: Child, second: Child, num_pairs: int, steps: int
-) -> tuple[list[tuple[float, float]], dict[str, float]]:
-    """Seconds of ``num_pairs`` pairs of blocks of ``steps`` steps, first, second, first, second and so on; and the CPU
-    time that each used while it waited, as a share of the other's seconds."""
-    pairs, waited, idle = [], dict.fromkeys((first.name, second.name), 0.0), {first.name: 0.0, second.name: 0.0}
+) -> tuple[list[tuple[Block, Block]], dict[str, float]]:
+    """``num_pairs`` pairs of blocks of ``steps`` steps, first, second, first, second and so on; and the CPU time that each
+    used while it waited, as a share of the other's seconds."""
+    pairs = []
+    waited, idle = (
+        dict.fromkeys((first.name, second.name), 0.0),
+        dict.fromkeys((first.name, second.name), 0.0),
+    )
     for _ in range(num_pairs):
-        seconds = []
+        blocks = []
         for working, waiting in ((first, second), (second, first)):
-            used, begin = waiting.cpu_seconds(), time.perf_counter()
-            seconds.append(float(working.ask({"steps": steps})["seconds"]))
-            idle[waiting.name] += waiting.cpu_seconds() - used
-            waited[waiting.name] += time.perf_counter() - begin
-        pairs.append((seconds[0], seconds[1]))
+            before, rested = working.cpu_seconds(), waiting.cpu_seconds()
+            seconds = float(working.ask({"steps": steps})["seconds"])
+            blocks.append(Block(seconds=seconds, cpu_seconds=working.cpu_seconds() - before))
+            idle[waiting.name] += waiting.cpu_seconds() - rested
+            waited[waiting.name] += seconds
+        pairs.append((blocks[0], blocks[1]))
     return pairs, {name: idle[name] / waited[name] for name in idle}

@@ -4,7 +4,7 @@
 
 Each side is a process in its own environment (TRL: .venv-trl, which `scripts/setup_trl.sh` makes). They take blocks of
 optimizer steps in turn: a pair of blocks, ours and TRL's, gives one ratio of tokens per second, and the interval is a
-bootstrap over pairs. TRL packs the documents, and our learner gets the very same documents in every optimizer step, so
+bootstrap over pairs. The ratio by CPU time beside it says what is left where other work disturbs the clock. TRL packs the documents, and our learner gets the very same documents in every optimizer step, so
 the training losses must agree step by step, and the held-out losses at the end. Both train in float32 with the mean
 over all loss tokens of the global batch, AdamW, a constant rate and clipping; both get the row length and micro-batch
 that is fastest for them (ROW_TOKENS and so on, chosen by sweeps that docs/log.md has). Tokens are real ones.
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.blocks import Child, alternate
+from benchmarks.blocks import Block, Child, alternate
 from examples.tiny.make_data import SFT, build
 from examples.tiny.model import build_model
 from posttrain.config import DataConfig
@@ -135,26 +135,33 @@ def count_tokens(file: Path, steps: int) -> tuple[list[int], list[int]]:
         documents = json.loads(line)
         tokens.append(sum(len(d["input_ids"]) for d in documents))
         loss_tokens.append(sum(label != IGNORED for d in documents for label in d["labels"]))
-    return [list(np.add.reduceat(c, range(0, len(c), steps)).tolist()) for c in (tokens, loss_tokens)]  # type: ignore[return-value]
+    firsts = range(0, len(tokens), steps)
+    return [sum(tokens[i : i + steps]) for i in firsts], [sum(loss_tokens[i : i + steps]) for i in firsts]
 
 
-def throughput(
-    pairs: list[tuple[float, float]], tokens: list[int], loss_tokens: list[int]
-) -> dict[str, Any]:
-    """Tokens per second of both sides (medians over blocks), and the ratio ours / TRL: the median over pairs with its
-    95 % bootstrap interval. ``pairs`` are seconds (ours, TRL) of blocks that hold the same tokens."""
-    seconds = np.array(pairs)
-    ratios = seconds[:, 1] / seconds[:, 0]
-    draws = np.median(np.random.default_rng(0).choice(ratios, (NUM_DRAWS, len(ratios))), axis=1)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    found: dict[str, Any] = {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
-    for index, name in enumerate(("ours", "trl")):
+def throughput(pairs: list[tuple[Block, Block]], tokens: list[int], loss_tokens: list[int]) -> dict[str, Any]:
+    """Tokens per second of both sides (medians over blocks), and the ratios ours / TRL by ``wall`` and ``cpu`` seconds.
+    ``pairs`` are blocks (ours, TRL) that hold the same tokens."""
+    found: dict[str, Any] = {
+        "wall": interval([b.seconds / a.seconds for a, b in pairs]),
+        "cpu": interval([b.cpu_seconds / a.cpu_seconds for a, b in pairs]),
+    }
+    for name, own in zip(("ours", "trl"), zip(*pairs, strict=True), strict=True):
+        seconds = [block.seconds for block in own]
         found[name] = {
-            "tokens_per_s": float(np.median(np.array(tokens) / seconds[:, index])),
-            "loss_tokens_per_s": float(np.median(np.array(loss_tokens) / seconds[:, index])),
-            "seconds": seconds[:, index].tolist(),
+            "tokens_per_s": float(np.median(np.array(tokens) / seconds)),
+            "loss_tokens_per_s": float(np.median(np.array(loss_tokens) / seconds)),
+            "seconds": seconds,
+            "cpu_seconds": [block.cpu_seconds for block in own],
         }
     return found | {"num_tokens": sum(tokens), "num_loss_tokens": sum(loss_tokens)}
+
+
+def interval(ratios: list[float]) -> dict[str, float]:
+    """The median over pairs with its 95 % bootstrap interval."""
+    draws = np.median(np.random.default_rng(0).choice(ratios, (NUM_DRAWS, len(ratios))), axis=1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
 
 
 def compare_losses(ours: list[float], trl: list[float]) -> dict[str, float]:
@@ -178,16 +185,18 @@ def is_equal(result: dict[str, Any]) -> bool:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | tokens/s ours | TRL | loss tokens/s ours | TRL | ratio | training loss differs by | held-out loss ours | TRL | verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | tokens/s ours | TRL | loss tokens/s ours | TRL | ratio | by CPU time | training loss differs by | held-out loss ours | TRL | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         after = r["held_out"]["after"]
-        verdict = "met" if r["low"] >= 1 and is_equal(r) else "not met"
+        wall, cpu = r["wall"], r["cpu"]
+        verdict = "met" if wall["low"] >= 1 and is_equal(r) else "not met"
         lines.append(
             f"| {r['model']} | {r['ours']['tokens_per_s']:,.0f} | {r['trl']['tokens_per_s']:,.0f}"
             f" | {r['ours']['loss_tokens_per_s']:,.0f} | {r['trl']['loss_tokens_per_s']:,.0f}"
-            f" | {r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+            f" | {wall['ratio']:.2f} [{wall['low']:.2f}, {wall['high']:.2f}]"
+            f" | {cpu['ratio']:.2f} [{cpu['low']:.2f}, {cpu['high']:.2f}]"
             f" | {r['losses']['max_smoothed_difference']:.1e} | {after[0]:.4f} | {after[1]:.4f} | {verdict} |"
         )
     return "\n".join(lines)
@@ -202,7 +211,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12, help="pairs of blocks")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a block")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of each side")
-    parser.add_argument("--quick", action="store_true", help="one model, four pairs; written nowhere by default")
+    parser.add_argument(
+        "--quick", action="store_true", help="one model, four pairs; written nowhere by default"
+    )
     args = parser.parse_args()
     if args.quick:
         args.models, args.pairs = args.models[:1], 4
@@ -216,7 +227,11 @@ def main() -> None:
     models = " ".join(args.models)
     written = {
         "results": results,
-        "settings": {"trl": [ROW_TOKENS, ROWS_PER_MICRO_BATCH], "ours": OURS, "tokens_per_step": TOKENS_PER_STEP},
+        "settings": {
+            "trl": [ROW_TOKENS, ROWS_PER_MICRO_BATCH],
+            "ours": OURS,
+            "tokens_per_step": TOKENS_PER_STEP,
+        },
         "num_threads": args.threads,
         "commit": code_revision(str(FOLDER)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

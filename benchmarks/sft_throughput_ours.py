@@ -39,7 +39,9 @@ def main() -> None:
     config = LearnerConfig(**settings["learner"])
     learner.reset(config, Path(settings["model"]), settings["total_steps"], settings["seed"])
     held_out = [sample(d) for d in json.loads(Path(settings["data"]).read_text())["held_out"]]
-    batches = [[sample(d) for d in json.loads(line)] for line in Path(settings["steps"]).open()]
+    batches = [
+        [sample(d) for d in json.loads(line)] for line in Path(settings["steps"]).read_text().splitlines()
+    ]
     CHANNEL.send(
         {
             "held_out": learner.validate(held_out)["all"],
