@@ -7,7 +7,7 @@ optimizer steps in turn: a pair of blocks, ours and TRL's, gives one ratio of to
 bootstrap over pairs. The ratio by CPU time beside it says what is left where other work disturbs the clock. TRL packs the documents, and our learner gets the very same documents in every optimizer step, so
 the training losses must agree step by step, and the held-out losses at the end. Both train in float32 with the mean
 over all loss tokens of the global batch, AdamW, a constant rate and clipping; both get the row length and micro-batch
-that is fastest for them (ROW_TOKENS and so on, chosen by sweeps that docs/log.md has). Tokens are real ones.
+that is fastest for them (ROW_TOKENS and OURS; docs/log.md has the sweeps). Tokens are real ones.
 """
 
 from __future__ import annotations
@@ -37,11 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / FOLDER / "sft_throughput.json"
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 
-MODELS = ("mimo_v2_flash", "qwen3_moe")
-ROW_TOKENS = 512  # TRL's max_length
-ROWS_PER_MICRO_BATCH = 1
-TOKENS_PER_STEP = 4096
-OURS = {"pack_tokens": 512, "max_tokens_per_micro_batch": 2048}
+TOKENS_PER_STEP = 4096  # at most: TRL's rows are seldom full
+ROW_TOKENS = {"mimo_v2_flash": 256, "qwen3_moe": 512}  # TRL's max_length; a micro-batch is one such row
+OURS = {"pack_tokens": 0, "max_tokens_per_micro_batch": 1024}
 LR, BETAS, EPS, GRAD_CLIP = 1e-3, [0.9, 0.95], 1e-8, 1.0
 
 NUM_HELD_OUT = 128
@@ -55,11 +53,13 @@ NUM_DRAWS = 4000
 def write_data(folder: Path, family: str, num_steps: int) -> None:
     """The random model and, as token ids with labels, the demonstrations of the tiny domains."""
     build_model(folder / "model", 0, family=family)
-    # The shortest documents have some 8 tokens; a quarter of them would do at the mean length.
-    rows = build(0, num_sft=num_steps * TOKENS_PER_STEP // 8, num_prompts=1, num_valid=1, num_heldout=1)[SFT]
+    # Documents have 25 tokens on average.
+    rows = build(
+        0, num_sft=num_steps * TOKENS_PER_STEP // 20 + NUM_HELD_OUT, num_prompts=1, num_valid=1, num_heldout=1
+    )[SFT]
     (folder / SFT).write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = load_conversations(
-        DataConfig(path=str(folder / SFT)), load_tokenizer(str(folder / "model")), ROW_TOKENS
+        DataConfig(path=str(folder / SFT)), load_tokenizer(str(folder / "model")), min(ROW_TOKENS.values())
     )
     documents = [
         {
@@ -72,7 +72,7 @@ def write_data(folder: Path, family: str, num_steps: int) -> None:
     (folder / "data.json").write_text(json.dumps(data))
 
 
-def settings(folder: Path, total_steps: int, num_threads: int) -> dict[str, Any]:
+def settings(folder: Path, row_tokens: int, total_steps: int, num_threads: int) -> dict[str, Any]:
     """What both children get; the keys that one of them ignores are the other's own."""
     adamw = {"lr": LR, "betas": BETAS, "eps": EPS, "grad_clip": GRAD_CLIP}
     return {
@@ -83,9 +83,8 @@ def settings(folder: Path, total_steps: int, num_threads: int) -> dict[str, Any]
         "total_steps": total_steps,
         "num_threads": num_threads,
         "seed": 0,
-        "row_tokens": ROW_TOKENS,
-        "rows_per_micro_batch": ROWS_PER_MICRO_BATCH,
-        "micro_batches": TOKENS_PER_STEP // ROW_TOKENS // ROWS_PER_MICRO_BATCH,
+        "row_tokens": row_tokens,
+        "micro_batches": TOKENS_PER_STEP // row_tokens,
         "learner": adamw | OURS | {"warmup_steps": 0},
         **adamw,
     }
@@ -95,7 +94,7 @@ def measure(folder: Path, family: str, num_pairs: int, steps: int, num_threads: 
     """One model: both children, a warm-up, the pairs, and how the losses agree."""
     total_steps = WARM_UP_STEPS + num_pairs * steps
     write_data(folder, family, total_steps)
-    given = settings(folder, total_steps, num_threads)
+    given = settings(folder, ROW_TOKENS[family], total_steps, num_threads)
 
     def start(name: str, python: str, log: str) -> tuple[Child, dict[str, Any]]:
         module = f"benchmarks.sft_throughput_{name}"
@@ -183,6 +182,17 @@ def is_equal(result: dict[str, Any]) -> bool:
     return max(result["losses"]["max_smoothed_difference"], *gaps) <= LOSS_BAR
 
 
+def summary(result: dict[str, Any]) -> str:
+    """What the table has no room for."""
+    losses, before = result["losses"], result["held_out"]["before"]
+    idle = ", ".join(f"{name} {100 * share:.1f} %" for name, share in result["idle_cpu_share"].items())
+    return (
+        f"{result['model']}: {result['num_tokens']:,} tokens a side, loss {losses['first']:.3f} to {losses['last']:.3f}, largest"
+        f" difference of a step {losses['max_difference']:.1e}; held-out loss of the random model {before[0]:.6f} and"
+        f" {before[1]:.6f}; CPU of the side that waits: {idle}"
+    )
+
+
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
         "| model | tokens/s ours | TRL | loss tokens/s ours | TRL | ratio | by CPU time | training loss differs by | held-out loss ours | TRL | verdict |",
@@ -207,7 +217,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(ROW_TOKENS), default=list(ROW_TOKENS))
     parser.add_argument("--pairs", type=int, default=12, help="pairs of blocks")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a block")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of each side")
@@ -222,16 +232,12 @@ def main() -> None:
     for family in args.models:
         with tempfile.TemporaryDirectory() as temporary:
             results.append(measure(Path(temporary), family, args.pairs, args.steps, args.threads))
-        print(json.dumps({k: v for k, v in results[-1].items() if k != "curves"}), flush=True)
+        print(summary(results[-1]), flush=True)
     print(table(results))
     models = " ".join(args.models)
     written = {
         "results": results,
-        "settings": {
-            "trl": [ROW_TOKENS, ROWS_PER_MICRO_BATCH],
-            "ours": OURS,
-            "tokens_per_step": TOKENS_PER_STEP,
-        },
+        "settings": {"row_tokens_of_trl": ROW_TOKENS, "ours": OURS, "tokens_per_step": TOKENS_PER_STEP},
         "num_threads": args.threads,
         "commit": code_revision(str(FOLDER)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

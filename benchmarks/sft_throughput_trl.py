@@ -101,7 +101,7 @@ def build(settings: dict[str, Any], documents: list[dict[str, list[int]]], block
         packing=True,
         packing_strategy="bfd",
         max_length=settings["row_tokens"],
-        per_device_train_batch_size=settings["rows_per_micro_batch"],
+        per_device_train_batch_size=1,
         gradient_accumulation_steps=settings["micro_batches"],
         max_steps=settings["total_steps"],
         shuffle_dataset=True,
@@ -143,8 +143,9 @@ def main() -> None:
     data = json.loads(Path(settings["data"]).read_text())
     blocks = Blocks()
     trainer = build(settings, data["train"], blocks)
-    rows_per_step = settings["rows_per_micro_batch"] * settings["micro_batches"]
-    write_steps(trainer.train_dataset, rows_per_step, settings["total_steps"], Path(settings["steps"]))
+    write_steps(
+        trainer.train_dataset, settings["micro_batches"], settings["total_steps"], Path(settings["steps"])
+    )
     CHANNEL.send(
         {
             "held_out": held_out_loss(trainer.model, data["held_out"]),
