@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes requirements/cpu.txt, cpu-engine.txt and gpu.txt again from the pins in pyproject.toml.
+# Makes requirements/cpu.txt, cpu-engine.txt and gpu.txt again from the pins in pyproject.toml, and trl.txt from the pin below.
 # Resolves with pip's own resolver and installs nothing outside a scratch folder; takes some minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -49,6 +49,15 @@ echo "CPU: resolving"
 resolve "$scratch/cpu.json" "$torch+cpu" -r "$scratch/cpu.in" 2>/dev/null ||
     resolve "$scratch/cpu.json" "$torch+cpu" -r "$scratch/cpu.in" --extra-index-url "$torch_cpu_index"
 
+echo "TRL: resolving, with the versions of the CPU list"
+"$python" -c '
+import json, sys
+for package in json.load(open(sys.argv[1]))["install"]:
+    print(package["metadata"]["name"] + "==" + package["metadata"]["version"])' "$scratch/cpu.json" >"$scratch/constraints.txt"
+trl=(-c "$scratch/constraints.txt" trl==1.16.0 "$torch+cpu")
+resolve "$scratch/trl.json" "${trl[@]}" 2>/dev/null ||
+    resolve "$scratch/trl.json" "${trl[@]}" --extra-index-url "$torch_cpu_index"
+
 echo "GPU: resolving"
 direct gpu >"$scratch/gpu.in"
 # Plain torch on the package index is the CUDA build; === because a CPU wheel (+cpu) on the search path would satisfy ==.
@@ -79,6 +88,11 @@ digest = engine["download_info"]["archive_info"]["hashes"]["sha256"]
     "# Left out on purpose: torchvision, torchaudio, torchcodec (CUDA builds on the plain package index; text needs\n"
     "# none) and triton (1 GB that xgrammar asks for and uses only on GPUs).\n"
     + "\n".join(pins("cpu", drop=("triton",))) + "\n"
+)
+(out / "trl.txt").write_text(
+    "# TRL in an environment of its own (.venv-trl, scripts/setup_trl.sh) for benchmarks/sft_throughput.py, made by\n"
+    "# scripts/lock.sh. A package that is in cpu.txt as well has the same version here.\n"
+    + "\n".join(pins("trl")) + "\n"
 )
 (out / "gpu.txt").write_text(
     "# Everything for Linux x86-64 with NVIDIA GPUs, made by scripts/lock.sh.\n"

@@ -26,6 +26,11 @@ class Replay(StrEnum):
     off = "off"
 
 
+class FusedLoss(StrEnum):
+    auto = "auto"
+    off = "off"
+
+
 class OnUpdate(StrEnum):
     recompute = "recompute"
     keep = "keep"

@@ -14,6 +14,7 @@ from posttrain.config.choices import (
     AlarmAction,
     BadRow,
     Dtype,
+    FusedLoss,
     OnUpdate,
     Replay,
     Schedule,
@@ -174,7 +175,10 @@ class LearnerConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     logprob_chunk_tokens: int = 2048
-    """Tokens whose logits exist at once; bounds the memory of the vocabulary softmax."""
+    """Tokens whose logits exist at once; bounds the memory of the vocabulary softmax. Liger's kernel chooses its own."""
+    fused_loss: FusedLoss = FusedLoss.auto
+    """auto: on a GPU that has `liger-kernel`, its fused kernel computes the logprobs of sampled and learned tokens, for an
+    LM head without bias; off: always our own."""
     cores_per_rank: int | None = None
     """Torch threads of a rank (CPU only); null: all cores divided by the number of ranks."""
     num_gpus_per_rank: float | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from posttrain.config import UserError
 from posttrain.learner.divergence import TeacherStates, gathered_logprobs, target_and_divergence
+from posttrain.learner.fused import fused_logprobs, serves
 from posttrain.learner.logprobs import target_logprobs
 
 HEAD_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -23,15 +24,16 @@ UNPACKABLE_MODELS = ("gpt_oss", "afmoe", "inkling_text")
 
 
 class Policy(nn.Module):
-    """A Transformers causal LM whose LM head answers with log-probabilities instead of logits."""
+    """A Transformers causal LM whose LM head answers with log-probabilities instead of logits; ``use_fused_kernel``: by
+    Liger's kernel wherever that serves."""
 
-    def __init__(self, model: nn.Module, chunk_tokens: int) -> None:
+    def __init__(self, model: nn.Module, chunk_tokens: int, use_fused_kernel: bool = False) -> None:
         super().__init__()
         head = model.get_output_embeddings()  # type: ignore[operator]
         check_head(model, head)
         self.model = model
         # DeepSpeed's hooks hang on the module, so only its forward is exchanged: names and weights stay.
-        head.forward = _logprob_forward(head, chunk_tokens)
+        head.forward = _logprob_forward(head, chunk_tokens, use_fused_kernel)
         # FlashAttention tells packed documents apart in a batch of one row only.
         self.one_row = "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
@@ -60,13 +62,15 @@ class Policy(nn.Module):
 
 
 def _logprob_forward(
-    head: nn.Module, chunk_tokens: int
+    head: nn.Module, chunk_tokens: int, use_fused_kernel: bool
 ) -> Callable[[Tensor, Tensor, TeacherStates | None], Tensor]:
     def forward(hidden: Tensor, target_ids: Tensor, teacher: TeacherStates | None = None) -> Tensor:
         weight: Any = head.weight
         bias: Any = head.bias
         if teacher is not None:
             return target_and_divergence(hidden, weight, bias, target_ids, teacher, chunk_tokens)
+        if use_fused_kernel and serves(hidden, bias, target_ids):
+            return fused_logprobs(hidden, weight, target_ids)
         logprobs = target_logprobs if target_ids.dim() == 1 else gathered_logprobs
         return logprobs(hidden, weight, bias, target_ids, chunk_tokens)
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from posttrain.config import Dtype, LearnerConfig, ModelConfig, Replay, UserError
-from posttrain.learner import checkpoint, engine, export, losses, model
+from posttrain.config import Dtype, FusedLoss, LearnerConfig, ModelConfig, Replay, UserError
+from posttrain.learner import checkpoint, engine, export, fused, losses, model
 from posttrain.learner.batching import MicroBatch, MicroBatchRows, RankBatch, collate
 from posttrain.learner.errors import RecordError
 from posttrain.learner.losses import LossInputs
@@ -123,7 +123,8 @@ class LearnerWorker:
         self.bias_rate = balance.resolve_bias_rate(self.replay, self.learner.expert_bias_rate, frozen)
         if self.learner.freeze_router and self.replay is not None:
             balance.freeze_routers(self.replay)
-        self.policy = Policy(loaded, self.learner.logprob_chunk_tokens)
+        fuses = self.learner.fused_loss is FusedLoss.auto and fused.is_available(self.device)
+        self.policy = Policy(loaded, self.learner.logprob_chunk_tokens, fuses)
         self.vocab_size = int(loaded.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
     def info(self) -> PolicyInfo:
