@@ -27,8 +27,8 @@ class Replay(StrEnum):
 
 
 class FusedLoss(StrEnum):
-    auto = "auto"
     off = "off"
+    liger = "liger"
 
 
 class OnUpdate(StrEnum):

@@ -176,9 +176,9 @@ class LearnerConfig:
     """Recompute activations in the backward pass."""
     logprob_chunk_tokens: int = 2048
     """Tokens whose logits exist at once; bounds the memory of the vocabulary softmax. Liger's kernel chooses its own."""
-    fused_loss: FusedLoss = FusedLoss.auto
-    """auto: on a GPU that has `liger-kernel`, its fused kernel computes the logprobs of sampled and learned tokens, for an
-    LM head without bias; off: always our own."""
+    fused_loss: FusedLoss = FusedLoss.off
+    """liger: the fused kernel of `liger-kernel` computes the logprobs of sampled and learned tokens, for an LM head without
+    bias; GPUs only, not measured on one yet. off: our own chunks."""
     cores_per_rank: int | None = None
     """Torch threads of a rank (CPU only); null: all cores divided by the number of ranks."""
     num_gpus_per_rank: float | None = None

@@ -12,12 +12,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from posttrain.config import UserError
+
 IGNORED = -100  # no token has this id
 
 
-def is_available(device: torch.device) -> bool:
-    """Whether ``device`` is a GPU and the package is installed."""
-    return device.type == "cuda" and find_spec("liger_kernel") is not None
+def require(device: torch.device) -> None:
+    """`UserError` unless ``device`` is a GPU and the package is installed."""
+    missing = "a GPU" if device.type != "cuda" else "the package liger-kernel"
+    if device.type != "cuda" or find_spec("liger_kernel") is None:
+        raise UserError(f"learner.fused_loss='liger': needs {missing}, which is not here; use 'off'")
 
 
 def serves(hidden: Tensor, bias: Tensor | None, target_ids: Tensor) -> bool:

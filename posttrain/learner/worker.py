@@ -123,7 +123,9 @@ class LearnerWorker:
         self.bias_rate = balance.resolve_bias_rate(self.replay, self.learner.expert_bias_rate, frozen)
         if self.learner.freeze_router and self.replay is not None:
             balance.freeze_routers(self.replay)
-        fuses = self.learner.fused_loss is FusedLoss.auto and fused.is_available(self.device)
+        fuses = self.learner.fused_loss is FusedLoss.liger
+        if fuses:
+            fused.require(self.device)
         self.policy = Policy(loaded, self.learner.logprob_chunk_tokens, fuses)
         self.vocab_size = int(loaded.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 

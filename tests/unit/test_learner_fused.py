@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.config import ModelConfig
+from posttrain.config import ModelConfig, UserError
 from posttrain.learner import fused, policy
 from posttrain.learner import model as loading
 from posttrain.learner.logprobs import target_logprobs
@@ -34,7 +34,7 @@ def test_liger_gives_the_logprobs_and_gradients_of_our_chunks(dtype: torch.dtype
         (logprobs * upstream).sum().backward()
         return logprobs.detach(), leaves[0].grad, leaves[1].grad  # type: ignore[return-value]
 
-    assert fused.is_available(device), "the GPU list holds liger-kernel"
+    fused.require(device)  # the GPU list holds liger-kernel
     own = both(lambda h, w: target_logprobs(h, w, None, targets, 64))
     other = both(lambda h, w: fused.fused_logprobs(h, w, targets))
     assert other[0].dtype == torch.float32
@@ -44,7 +44,8 @@ def test_liger_gives_the_logprobs_and_gradients_of_our_chunks(dtype: torch.dtype
 
 
 def test_it_is_for_gpus_alone() -> None:
-    assert not fused.is_available(torch.device("cpu"))
+    with pytest.raises(UserError, match="learner.fused_loss='liger': needs a GPU"):
+        fused.require(torch.device("cpu"))
 
 
 def test_it_serves_heads_without_bias_that_have_tokens() -> None:
