@@ -26,7 +26,7 @@ check: setup ## formatting, lint, types, unit tests
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m pytest tests/unit -q -x -n auto
+	@$(PY) -m pytest tests/unit -m "not gpu and not slow" -q -x -n auto
 
 format: setup ## format and apply the lint fixes
 	@$(PY) -m ruff format .
