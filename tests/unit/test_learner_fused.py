@@ -44,7 +44,7 @@ def test_liger_gives_the_logprobs_and_gradients_of_our_chunks(dtype: torch.dtype
 
 
 def test_it_is_for_gpus_alone() -> None:
-    with pytest.raises(UserError, match="learner.fused_loss='liger': needs a GPU"):
+    with pytest.raises(UserError, match=r"learner\.fused_loss='liger': needs a GPU"):
         fused.require(torch.device("cpu"))
 
 
