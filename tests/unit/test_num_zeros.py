@@ -96,7 +96,7 @@ def test_fragments_that_cut_experts_add_up(cut: int) -> None:
     parameter = nn.Parameter(torch.zeros(4, 3, 4))
     gradient = torch.randn(48, generator=torch.Generator().manual_seed(cut)).clamp(min=0)
     gradient[12:24] = 0
-    slot = Slot(parameter=parameter, module_class="routed_expert", layer=0)
+    slot = Slot(parameter=parameter, module_class="routed_expert", layer=0, expert_size=12)
     counts = torch.zeros(4, dtype=torch.int64)
     for start, piece in ((0, gradient[:cut]), (cut, gradient[cut:])):
         if len(piece):
