@@ -94,7 +94,9 @@ def local_gradients(engine: Any) -> list[Tensor]:
     if offloads(engine):
         finish_offload(engine)
         if stage == 3:
-            return [grad for group in optimizer.get_fp32_grad_partitions().values() for grad in group.values()]
+            return [
+                grad for group in optimizer.get_fp32_grad_partitions().values() for grad in group.values()
+            ]
         return [grad for group in optimizer.offload_gradient_dict.values() for grad in group]
     groups = optimizer.averaged_gradients.values()
     return [grad for group in groups if group is not None for grad in group if grad is not None]

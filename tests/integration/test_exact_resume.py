@@ -117,7 +117,9 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         if not isinstance(a, torch.Tensor):
             return bool(a == b)
         same = a.shape == b.shape and a.dtype == b.dtype
-        return same and torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+        return same and torch.equal(
+            a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
+        )
 
     return [name for name in one if not is_equal(one[name], other[name])]
 
@@ -139,7 +141,9 @@ def test_a_killed_run_ends_like_one_in_one_go(zero_stage: int, user: Path) -> No
         for run, step in ((whole, EVERY), (whole, STEPS), (killed, STEPS))
     )
     tensors = [name for name, value in last.items() if isinstance(value, torch.Tensor) and value.numel() > 1]
-    assert any("exp_avg_sq" in name for name in tensors) and any("correction_bias" in name for name in tensors)
+    assert any("exp_avg_sq" in name for name in tensors) and any(
+        "correction_bias" in name for name in tensors
+    )
     assert len(differences(first, last)) > len(tensors) / 2, "training moves weights, moments and bias"
     assert differences(last, resumed) == []
     assert differences(contents(whole / "model"), contents(killed / "model")) == []
