@@ -156,7 +156,8 @@ class Alarms:
         for key, trouble in [*self._fixed(known), *self._drifting(known), *self._starving(known)]:
             if self._is_new(key, trouble) and trouble is not None:
                 new.append(trouble)
-        for key, trouble in self.early.check(metrics):
+        # The layer that is furthest out speaks for a name, before numbers that are over all layers.
+        for key, trouble in sorted(self.early.check(metrics), key=lambda pair: _rank(pair[1])):
             last = self._last_warning.get(trouble.name) if trouble is not None else None
             if last is not None and self._num_checks - last < QUIET_STEPS:
                 continue
@@ -222,6 +223,13 @@ class Alarms:
                 " follows its gap; no harm if it has reached its teacher or solves its prompts",
             )
             yield f"starving/{domain}", starving if hungry >= STARVING_STEPS else None
+
+
+def _rank(trouble: Trouble | None) -> tuple[bool, float]:
+    if trouble is None or trouble.layer is None:
+        return True, 0.0
+    limit = trouble.high if trouble.value > trouble.high else trouble.low
+    return False, -abs(trouble.value - limit) / max(abs(limit), 1.0)
 
 
 def _limits(drift: Drift, first: list[float]) -> tuple[float, float]:

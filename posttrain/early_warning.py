@@ -87,7 +87,7 @@ WATCHES = (
     ),
     Watch(
         name="dead_experts",
-        pattern=r"num_zeros/dead_experts|experts/(starving|dying)(/.*)?",
+        pattern=r"(num_zeros/dead_experts|experts/(starving|dying))(/.*)?",
         side="above",
         relative=0.5,
         absolute=0.5,  # one expert more

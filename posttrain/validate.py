@@ -30,6 +30,7 @@ from posttrain.config import (
     SFTRun,
     Signal,
     UserError,
+    check_deepspeed,
     require,
 )
 from posttrain.gpus import check_gpus, learners_of
@@ -163,6 +164,7 @@ def _is_sft(learner_key: str, cfg: RunConfig) -> bool:
 
 
 def _check_learner(key: str, learner: LearnerConfig, model: ModelReport) -> None:
+    check_deepspeed(learner, key)
     if not model.num_experts:
         way_out = f"{model.path} is a dense model without experts; leave it at its default"
         require(not learner.expert_bias_rate, f"{key}.expert_bias_rate", learner.expert_bias_rate, way_out)

@@ -35,6 +35,7 @@ from posttrain.config.choices import (
     TeacherTraining,
     WandbMode,
 )
+from posttrain.config.deepspeed import check_deepspeed
 from posttrain.config.errors import UserError, require, require_above, require_at_least
 from posttrain.config.runs import (
     RUNS,
@@ -125,6 +126,7 @@ __all__ = [
     "TrackingConfig",
     "UserError",
     "WandbMode",
+    "check_deepspeed",
     "mopd_algorithm",
     "require",
     "require_above",

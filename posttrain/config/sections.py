@@ -184,7 +184,9 @@ class LearnerConfig:
     num_gpus_per_rank: float | None = None
     """GPUs of each rank; null: 1 where there are GPUs; 0.5 shares one GPU with an engine."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Passed to DeepSpeed under its own option names; keys that this config owns are refused."""
+    """Passed to DeepSpeed under its own option names; keys that this config owns are refused. Optimizer states and gradients
+    go to the CPU with `zero_optimization.offload_optimizer.device=cpu` (zero_stage 1 to 3), weights with
+    `zero_optimization.offload_param.device=cpu` (zero_stage 3); nvme is refused."""
 
     def __post_init__(self) -> None:
         require(self.num_ranks >= 1, "learner.num_ranks", self.num_ranks, "at least one rank is needed")

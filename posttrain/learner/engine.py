@@ -19,12 +19,11 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
-from posttrain.config import Dtype, LearnerConfig, UserError
-from posttrain.learner.monitors.gradients import clear_partitions
+from posttrain.config import Dtype, LearnerConfig, check_deepspeed
+from posttrain.learner.monitors.gradients import clear_partitions, finish_offload, offloads
 from posttrain.learner.optimizer import build_optimizer
 from posttrain.learner.policy import num_parameters
 
-OWNED_KEYS = ("gradient_clipping", "optimizer", "scheduler", "data_types", "steps_per_print")
 LARGEST_BUCKET = 500_000_000
 
 
@@ -42,7 +41,7 @@ def init_distributed(backend: str, store: dist.Store, rank: int, num_ranks: int)
 
 def deepspeed_config(learner: LearnerConfig, num_elements: int) -> dict[str, Any]:
     """What `deepspeed.initialize` gets: ours, with the user's ``learner.deepspeed`` block laid over it."""
-    check_config(learner)
+    check_deepspeed(learner)
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -62,31 +61,6 @@ def deepspeed_config(learner: LearnerConfig, num_elements: int) -> dict[str, Any
     user = copy.deepcopy(learner.deepspeed)
     own["zero_optimization"].update(user.pop("zero_optimization", {}))
     return own | user
-
-
-def check_config(learner: LearnerConfig) -> None:
-    """`UserError` for DeepSpeed options that this learner sets or cannot work with."""
-    for key in OWNED_KEYS:
-        if key in learner.deepspeed:
-            raise UserError(
-                f"learner.deepspeed.{key}={learner.deepspeed[key]!r}: the learner sets this itself; remove the key"
-            )
-    zero = learner.deepspeed.get("zero_optimization", {})
-    if "stage" in zero:
-        raise UserError(
-            f"learner.deepspeed.zero_optimization.stage={zero['stage']!r}: use learner.zero_stage"
-        )
-    for key in ("offload_optimizer", "offload_param"):
-        if str((zero.get(key) or {}).get("device", "none")) != "none":
-            raise UserError(
-                f"learner.deepspeed.zero_optimization.{key}={zero[key]!r}: gradients that are offloaded cannot be "
-                "checked before the step; use more ranks with learner.zero_stage=3"
-            )
-    if learner.dtype is Dtype.bfloat16 and learner.zero_stage < 2:
-        raise UserError(
-            f"learner.zero_stage={learner.zero_stage}: with learner.dtype=bfloat16 the float32 master weights live in "
-            "the ZeRO optimizer; use learner.zero_stage=2 or 3 (also on one rank)"
-        )
 
 
 def build(module: nn.Module, learner: LearnerConfig) -> Any:
@@ -111,11 +85,20 @@ def destroy(engine: Any) -> None:
 def local_gradients(engine: Any) -> list[Tensor]:
     """Accumulated gradients as this rank holds them, between the last backward and the step.
 
-    Stage 0: whole and equal on every rank. Stages 1 to 3: this rank's partitions, padding (zeros) included.
+    Stage 0: whole and equal on every rank. Stages 1 to 3: this rank's partitions, padding (zeros) included; on the CPU
+    where the optimizer is offloaded.
     """
-    if engine.zero_optimization_stage() == 0:
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]
-    groups = engine.optimizer.averaged_gradients.values()
+    if offloads(engine):
+        finish_offload(engine)
+        if stage == 3:
+            return [
+                grad for group in optimizer.get_fp32_grad_partitions().values() for grad in group.values()
+            ]
+        return [grad for group in optimizer.offload_gradient_dict.values() for grad in group]
+    groups = optimizer.averaged_gradients.values()
     return [grad for group in groups if group is not None for grad in group if grad is not None]
 
 
@@ -126,7 +109,7 @@ def gradient_norm(engine: Any) -> float:
     device = engine.device
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in gradients:
-        squares += gradient.detach().float().norm().double() ** 2
+        squares += gradient.detach().float().norm().double().to(device) ** 2
     dist.all_reduce(squares)  # without ZeRO every rank has it all; still they must agree on NaN
     if engine.zero_optimization_stage() == 0:
         squares /= dist.get_world_size()
@@ -134,8 +117,8 @@ def gradient_norm(engine: Any) -> float:
 
 
 def clear_gradients(engine: Any) -> None:
-    """After every step, or instead of one. ZeRO-3 keeps the partitions of the step before for a parameter that gets no
-    gradient in the next one, and would apply them again."""
+    """After every step, or instead of one. What DeepSpeed keeps of a step would be applied again for a parameter that
+    gets no gradient in the next one."""
     engine.zero_grad()
     if engine.zero_optimization_stage() == 0:
         return

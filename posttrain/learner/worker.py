@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from posttrain.config import Dtype, FusedLoss, LearnerConfig, ModelConfig, Replay, UserError
+from posttrain.config import Dtype, FusedLoss, LearnerConfig, ModelConfig, Replay, UserError, check_deepspeed
 from posttrain.learner import checkpoint, engine, export, fused, losses, model
 from posttrain.learner.batching import MicroBatch, MicroBatchRows, RankBatch, collate
 from posttrain.learner.errors import RecordError
@@ -111,7 +111,7 @@ class LearnerWorker:
 
     def _load_model(self) -> None:
         torch.manual_seed(self.seed + self.rank)
-        engine.check_config(self.learner)
+        check_deepspeed(self.learner)
         self.source = model.resolve(self.model_config)
         loaded = model.load(self.model_config, self.source, TORCH_DTYPES[self.learner.dtype])
         if self.learner.pack_tokens > 0:
@@ -281,8 +281,17 @@ class LearnerWorker:
                 balance.update_expert_bias(self.replay, counts, self.bias_rate)
         engine.clear_gradients(self.engine)
         if counts is not None:
-            metrics["balance/max_vio"] = float(balance.max_violation(counts).mean())
+            metrics |= self._balance_metrics(counts)
         return metrics
+
+    def _balance_metrics(self, counts_LE: Tensor) -> dict[str, float]:
+        """MaxVio, mean over layers and by global layer number."""
+        assert self.replay is not None
+        violations = balance.max_violation(counts_LE)
+        by_layer = zip(self.replay.layers, violations.tolist(), strict=True)
+        return {"balance/max_vio": float(violations.mean())} | {
+            f"balance/max_vio/layer_{layer}": violation for layer, violation in by_layer
+        }
 
     # ---- reading the policy ----
 

@@ -1,12 +1,15 @@
-"""num-zeros under DeepSpeed ZeRO 0 to 3, on one and two ranks, against brute force over whole gradients.
+"""num-zeros under DeepSpeed ZeRO 0 to 3, offloaded too, on one and two ranks, against brute force over whole gradients.
 
-Three batches: everything used; one expert and one whole parameter unused (as an expert is that has a parameter of its
-own: ZeRO-3 would show it the gradient of the step before); both used in the second micro-batch only. Odd sizes force
-padding, and one parameter is never used.
+Four batches: everything used; one expert and one whole parameter unused (as an expert is that has a parameter of its
+own: ZeRO-3 and offload would show it the gradient of the step before); both used in the first micro-batch only, or in
+the second only. Odd sizes force padding, one parameter is never used, and zeros are planted. The norm of the gradient is
+checked beside its zeros.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,10 +20,51 @@ from torch import Tensor, nn
 
 pytestmark = pytest.mark.integration
 
-STAGES = (0, 1, 2, 3)
 IDLE = 5
 MICRO_BATCHES = 2
-BATCHES = ("all", "idle", "late")
+BATCHES = ("all", "late", "early", "idle", "late", "all")
+PLANTED = 5  # of the 13 elements of `partial` have a gradient
+MARKS = {
+    "experts": "routed_expert",
+    "gate.": "router",
+    "self_attn": "attention",
+    "norm": "norm",
+    "embed": "embedding",
+    "lm_head": "head",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    stage: int
+    dtype: str = "float32"
+    offload: tuple[str, ...] = ()  # DeepSpeed's names of what lies on the CPU
+
+    def learner(self, num_ranks: int) -> Any:
+        from posttrain.config import Dtype, LearnerConfig
+
+        zero: dict[str, Any] = {name: {"device": "cpu"} for name in self.offload}
+        if self.stage == 3:
+            zero["stage3_param_persistence_threshold"] = 0
+        return LearnerConfig(
+            zero_stage=self.stage,
+            num_ranks=num_ranks,
+            dtype=Dtype(self.dtype),
+            deepspeed={"zero_optimization": zero},
+        )
+
+
+OPTIMIZER, PARAMETERS = ("offload_optimizer",), ("offload_optimizer", "offload_param")
+CELLS = (
+    *(Cell(stage=stage) for stage in (0, 1, 2, 3)),
+    *(Cell(stage=stage, offload=OPTIMIZER) for stage in (1, 2, 3)),
+    Cell(stage=3, offload=PARAMETERS),
+    Cell(stage=3, offload=PARAMETERS[1:]),
+    *(Cell(stage=stage, dtype="bfloat16") for stage in (2, 3)),
+    *(Cell(stage=stage, dtype="bfloat16", offload=OPTIMIZER) for stage in (2, 3)),
+)
+VARIANTS = {"plain": CELLS, "tied": CELLS[:7], "frozen": CELLS[:7]}
+Expected = dict[str, tuple[dict[str, float], float]]  # by batch
 
 
 class Net(nn.Module):
@@ -34,20 +78,26 @@ class Net(nn.Module):
         self.sometimes = nn.Parameter(torch.ones(11))
 
     def forward(self, tokens: Tensor, sometimes: bool) -> Tensor:
-        loss = self.model(tokens, use_cache=False).logits.square().mean() + self.partial[:5].sum()
+        loss = self.model(tokens, use_cache=False).logits.square().mean() + self.partial[:PLANTED].sum()
         return loss + self.sometimes.sum() if sometimes else loss
 
 
 def uses_all(batch: str, micro: int) -> bool:
-    return batch == "all" or (batch == "late" and micro == 1)
+    return batch == "all" or (batch == "late" and micro == 1) or (batch == "early" and micro == 0)
 
 
-def build() -> tuple[Net, Any]:
+def build(variant: str, dtype: str) -> tuple[Net, Any]:
     from posttrain.learner.moe.replay import RouterReplay
     from tests.unit.moe_families import FAMILIES
 
-    net = Net(FAMILIES["mimo_v2_flash"].build().train())
-    return net, RouterReplay.attach(net.model)
+    model = FAMILIES["mimo_v2_flash"].build().train()
+    if variant == "tied":
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if variant == "frozen":  # experts of one layer of two, attention of all, and the head
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not re.search(r"layers\.1\.mlp\.experts|self_attn|lm_head", name))
+    net = Net(model)
+    return net.to(getattr(torch, dtype)), RouterReplay.attach(net.model)
 
 
 def data(batch: str, rank: int, micro: int, num_layers: int) -> tuple[Tensor, Tensor]:
@@ -61,78 +111,102 @@ def data(batch: str, rank: int, micro: int, num_layers: int) -> tuple[Tensor, Te
     return tokens, scores.topk(2).indices
 
 
-def brute_force(net: Net, replay: Any, batch: str, num_ranks: int) -> dict[str, float]:
-    """Zeros of whole gradients of an undivided model, per class by name and per expert by slice."""
-    net.zero_grad(set_to_none=True)
-    for rank in range(num_ranks):
-        for micro in range(MICRO_BATCHES):
+def brute_force(net: Net, replay: Any, batch: str, num_ranks: int) -> tuple[dict[str, float], float]:
+    """Zeros of whole gradients of an undivided model, per class and layer by name and per expert by slice; their norm."""
+    trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    gradients = {name: torch.zeros(parameter.shape) for name, parameter in trained.items()}
+    for micro in range(MICRO_BATCHES):
+        net.zero_grad(set_to_none=True)
+        for rank in range(
+            num_ranks
+        ):  # added up in the parameters' type, as ranks do, and micro-batches in float32
             tokens, routes = data(batch, rank, micro, replay.num_layers)
             with replay.routes(routes):
                 (net(tokens, uses_all(batch, micro)) / num_ranks).backward()
-    marks = {
-        "experts": "routed_expert",
-        "gate.": "router",
-        "self_attn": "attention",
-        "norm": "norm",
-        "embed": "embedding",
-        "lm_head": "head",
-    }
-    result: dict[str, float] = {}
-
+        for name, parameter in trained.items():
+            if parameter.grad is not None:
+                gradients[name] += parameter.grad
+    counts: dict[str, float] = {"total": 0.0}
     experts: dict[str, Tensor] = {}
-    for name, parameter in net.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        module_class = next(
-            (c for mark, c in marks.items() if mark in name and "q_norm" not in name), "other"
-        )
-        result[module_class] = result.get(module_class, 0) + int((gradient == 0).sum())
+    for name, gradient in gradients.items():
+        zeros = float((gradient == 0).sum())
+        layer = re.search(r"layers\.(\d+)\.", name)
+        module_class = next((c for mark, c in MARKS.items() if mark in name), "other")
+        for key in (module_class, "total", *([f"layer_{layer[1]}"] if layer else [])):
+            counts[key] = counts.get(key, 0.0) + zeros
         if module_class == "routed_expert":
-            layer = name.rsplit(".", 1)[0]
-            experts[layer] = experts.get(layer, torch.zeros(8)) + gradient.abs().flatten(1).sum(1)
-    dead = sum(int((total == 0).sum()) for total in experts.values())
-    return {
-        **{f"num_zeros/{name}": float(count) for name, count in result.items()},
-        "num_zeros/total": float(sum(result.values())),
-        "num_zeros/share": sum(result.values()) / sum(p.numel() for p in net.parameters()),
-        "num_zeros/dead_experts": float(dead),
-    }
+            assert layer is not None
+            experts[layer[1]] = experts.get(layer[1], torch.zeros(8)) + gradient.abs().flatten(1).sum(1)
+    dead = {layer: float((total == 0).sum()) for layer, total in experts.items()}
+    dead |= dict.fromkeys({"1", "2"} - dead.keys(), 0.0)  # frozen experts are not dead
+    counts |= {f"dead_experts/layer_{layer}": number for layer, number in dead.items()}
+    counts["dead_experts"] = sum(dead.values())
+    counts["share"] = counts["total"] / sum(parameter.numel() for parameter in trained.values())
+    norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm()
+    return {f"num_zeros/{name}": count for name, count in counts.items()}, float(norm)
+
+
+def expectations(variant: str, dtype: str, num_ranks: int) -> Expected:
+    whole, replay = build(variant, dtype)
+    return {batch: brute_force(whole, replay, batch, num_ranks) for batch in dict.fromkeys(BATCHES)}
+
+
+def check_cell(cell: Cell, variant: str, expectation: Expected, rank: int, num_ranks: int) -> None:
+    from posttrain.learner import engine as engines
+    from posttrain.learner.monitors.num_zeros import NumZeros
+
+    net, replay = build(variant, cell.dtype)
+    engine = engines.build(net, cell.learner(num_ranks))
+    engines.set_learning_rate(engine, 0.0)  # the weights stay those of the undivided model
+    counter = NumZeros(engine)
+    tolerance = 1e-5 if cell.dtype == "float32" else 1e-2
+    for batch in BATCHES:
+        expected, norm = expectation[batch]
+        for micro in range(MICRO_BATCHES):
+            engine.set_gradient_accumulation_boundary(micro == MICRO_BATCHES - 1)
+            tokens, routes = data(batch, rank, micro, replay.num_layers)
+            with replay.routes(routes):
+                engine.backward(engine(tokens, uses_all(batch, micro)))
+        got = counter.count()
+        wrong = {
+            name: (got.get(name), n)
+            for name, n in expected.items()
+            if got.get(name) != pytest.approx(n, rel=1e-12)
+        }
+        assert not wrong and got.keys() == expected.keys(), (variant, cell, batch, wrong)
+        assert engines.gradient_norm(engine) == pytest.approx(norm, rel=tolerance), (variant, cell, batch)
+        engine.step()
+        engines.clear_gradients(engine)
+    engines.destroy(engine)
+
+
+def check_batches(plain: Expected, tied: Expected) -> None:
+    """The planted zeros are there, and the batches differ as this file says."""
+    zeros = {batch: counts for batch, (counts, _) in plain.items()}
+    assert zeros["idle"]["num_zeros/dead_experts"] > zeros["late"]["num_zeros/dead_experts"]
+    assert zeros["idle"]["num_zeros/other"] - zeros["early"]["num_zeros/other"] >= 11
+    assert zeros["all"]["num_zeros/other"] >= 7 + 13 - PLANTED
+    embedding = "num_zeros/embedding"
+    assert tied["all"][0][embedding] < zeros["all"][embedding], "the head gives every row a gradient"
+    assert "num_zeros/head" not in tied["all"][0]
 
 
 def run_rank(rank: int, num_ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    from posttrain.config import LearnerConfig
     from posttrain.learner import engine as engines
-    from posttrain.learner.monitors.num_zeros import NumZeros
 
     store = dist.FileStore(f"{folder}/store", num_ranks)
     engines.init_distributed("gloo", store, rank, num_ranks)
-    whole, whole_replay = build()
-    expected = {batch: brute_force(whole, whole_replay, batch, num_ranks) for batch in BATCHES}
-    assert expected["idle"]["num_zeros/dead_experts"] > expected["late"]["num_zeros/dead_experts"]
-    for stage in STAGES:
-        net, replay = build()
-        learner = LearnerConfig(
-            zero_stage=stage,
-            num_ranks=num_ranks,
-            deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {},
-        )
-        engine = engines.build(net, learner)
-        engines.set_learning_rate(engine, 0.0)  # the weights stay those of the undivided model
-        counter = NumZeros(engine)
-        for batch in (*BATCHES, "all", "late", "idle"):
-            for micro in range(MICRO_BATCHES):
-                engine.set_gradient_accumulation_boundary(micro == MICRO_BATCHES - 1)
-                tokens, routes = data(batch, rank, micro, replay.num_layers)
-                with replay.routes(routes):
-                    engine.backward(engine(tokens, uses_all(batch, micro)))
-            got = counter.count()
-            assert got == pytest.approx(expected[batch], rel=1e-12), (stage, batch, got, expected[batch])
-            engine.step()
-            engines.clear_gradients(engine)
-        engines.destroy(engine)
+    expected: dict[tuple[str, str], Expected] = {}
+    for variant, cells in VARIANTS.items():
+        for cell in cells:
+            key = (variant, cell.dtype)
+            expected[key] = expected.get(key) or expectations(*key, num_ranks)
+            check_cell(cell, variant, expected[key], rank, num_ranks)
+    check_batches(expected["plain", "float32"], expected["tied", "float32"])
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_counts_equal_brute_force_at_every_stage(num_ranks: int, tmp_path: Any) -> None:
+def test_counts_equal_brute_force_in_every_cell(num_ranks: int, tmp_path: Any) -> None:
     mp.spawn(run_rank, args=(num_ranks, str(tmp_path)), nprocs=num_ranks, join=True)  # type: ignore[attr-defined]

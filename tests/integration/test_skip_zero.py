@@ -1,7 +1,9 @@
-"""A gradient that is not finite never reaches the weights: every ZeRO stage, both types, on one rank.
+"""A gradient that is not finite never reaches the weights: every ZeRO stage, both types, offloaded too, on one and two
+ranks.
 
 The learner trains on a batch, then on ones with a planted NaN or infinity, then on the second
 batch. All it holds is bit-identical before and after a bad one, and in the end that of a learner that never saw them.
+Offload changes neither losses nor weights.
 """
 
 from __future__ import annotations
@@ -18,14 +20,30 @@ import torch.multiprocessing as mp
 
 pytestmark = pytest.mark.integration
 
-CELLS = (
-    (0, "float32"),
-    (1, "float32"),
-    (2, "float32"),
-    (2, "bfloat16"),
-    (3, "float32"),
-    (3, "bfloat16"),
-)
+OPTIMIZER, PARAMETERS = ("offload_optimizer",), ("offload_optimizer", "offload_param")
+# ZeRO stage, type, what lies on the CPU; a cell with offload comes after the same without
+CELLS: dict[int, tuple[tuple[int, str, tuple[str, ...]], ...]] = {
+    1: (
+        (0, "float32", ()),
+        (1, "float32", ()),
+        (1, "float32", OPTIMIZER),
+        (2, "float32", ()),
+        (2, "float32", OPTIMIZER),
+        (2, "bfloat16", ()),
+        (2, "bfloat16", OPTIMIZER),
+        (3, "float32", ()),
+        (3, "float32", OPTIMIZER),
+        (3, "bfloat16", ()),
+        (3, "bfloat16", PARAMETERS),
+    ),
+    2: (
+        (0, "float32", ()),
+        (2, "bfloat16", ()),
+        (2, "bfloat16", OPTIMIZER),
+        (3, "float32", ()),
+        (3, "float32", OPTIMIZER),
+    ),
+}
 BIAS_RATE = 1e-2
 
 
@@ -74,6 +92,22 @@ def fingerprint(worker: Any) -> str:
     return digest.hexdigest()
 
 
+def check_offload(plain: dict[str, Any], offloaded: dict[str, Any], grad_clip: float, cell: Any) -> None:
+    """The same numbers. The norm that clips is summed in another order: then up to 1e-4 of a step of 1e-2, or to a bit of
+    bfloat16."""
+    for name in ("loss", "grad_norm", "num_zeros/total"):
+        assert offloaded["metrics"][name] == pytest.approx(plain["metrics"][name], rel=1e-6), (cell, name)
+    for one, other in zip(plain["weights"], offloaded["weights"], strict=True):
+        if grad_clip == 0:
+            assert torch.equal(one, other), cell
+        torch.testing.assert_close(one, other, rtol=1e-2 if cell[1] == "bfloat16" else 1e-6, atol=1e-6)
+
+
+def weights(worker: Any) -> list[torch.Tensor]:
+    """What this rank holds."""
+    return [getattr(p, "ds_tensor", p.data).detach().clone() for p in worker.engine.module.parameters()]
+
+
 def run_rank(rank: int, num_ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     from posttrain.config import Dtype, LearnerConfig, ModelConfig, Schedule
@@ -83,16 +117,23 @@ def run_rank(rank: int, num_ranks: int, folder: str) -> None:
 
     engines.init_distributed("gloo", dist.FileStore(f"{folder}/store", num_ranks), rank, num_ranks)
     worker = LearnerWorker(rank, num_ranks, 1)
-    for stage, dtype in CELLS:
+    plain_cells: dict[Any, dict[str, Any]] = {}
+    for cell in CELLS[num_ranks]:
+        stage, dtype, offload = cell
+        zero: dict[str, Any] = {name: {"device": "cpu"} for name in offload}
+        if stage == 3:
+            zero["stage3_param_persistence_threshold"] = 0
+        grad_clip = 0.0 if dtype == "float32" and stage != 2 else 1.0
         learner = LearnerConfig(
             zero_stage=stage,
             num_ranks=num_ranks,
             dtype=Dtype(dtype),
             lr=1e-2,
+            grad_clip=grad_clip,
             schedule=Schedule.linear,
             warmup_steps=0,
             expert_bias_rate=BIAS_RATE,
-            deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {},
+            deepspeed={"zero_optimization": zero},
         )
         model = ModelConfig(path=f"{folder}/model")
 
@@ -107,6 +148,8 @@ def run_rank(rank: int, num_ranks: int, folder: str) -> None:
         plain = train(2, 2)
         plain_last = fingerprint(worker)
         assert len({start, plain_first, plain_last}) == 3
+        trained = {"metrics": plain, "weights": weights(worker)}
+        check_offload(plain_cells.setdefault((stage, dtype), trained), trained, grad_clip, cell)
 
         worker.reset(learner, model, 10, 0)
         assert train(1, 1)["skipped"] == 0.0
@@ -114,25 +157,26 @@ def run_rank(rank: int, num_ranks: int, folder: str) -> None:
         assert first == plain_first, "two runs are equal bit by bit"
         for step, weight in ((2, float("nan")), (3, float("inf")), (4, float("-inf"))):
             bad = train(step, step, weight)
-            assert bad["skipped"] == 1.0 and not np.isfinite(bad["grad_norm"]), (stage, dtype, bad)
-            assert fingerprint(worker) == first, (stage, dtype, weight)
+            assert bad["skipped"] == 1.0 and not np.isfinite(bad["grad_norm"]), (cell, bad)
+            assert fingerprint(worker) == first, (cell, weight)
         spike = train(9, 5, max_loss=0.0)
         assert spike["skipped"] == 1.0 and np.isfinite(spike["grad_norm"]) and spike["loss"] > 0
-        assert fingerprint(worker) == first, (stage, dtype, "spike")
+        assert fingerprint(worker) == first, (cell, "spike")
 
-        worker.save_checkpoint(Path(folder) / f"{stage}-{dtype}")
+        checkpoint = Path(folder) / "-".join([str(stage), dtype, *offload])
+        worker.save_checkpoint(checkpoint)
         later = train(2, 6)
         assert later["lr"] == plain["lr"] < 1e-2, "the schedule stands still meanwhile"
         assert (
             later["grad_norm"] == plain["grad_norm"] and later["num_zeros/total"] == plain["num_zeros/total"]
         )
-        assert fingerprint(worker) == plain_last, (stage, dtype, "nothing of a bad batch stays behind")
-        worker.load_checkpoint(Path(folder) / f"{stage}-{dtype}")
+        assert fingerprint(worker) == plain_last, (cell, "nothing of a bad batch stays behind")
+        worker.load_checkpoint(checkpoint)
         assert train(2, 6)["lr"] == plain["lr"], "a resume knows what was skipped"
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("num_ranks", [1])
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_nothing_changes(num_ranks: int, tmp_path: Any) -> None:
     from tests.tiny_models import tiny_mimo
 

@@ -14,12 +14,14 @@ from posttrain.early_warning import WARM_UP, EarlyWarning, Trouble
 START = 60  # step at which the trouble begins
 Step = dict[str, float | None]
 N = 1e6  # elements
+LAYERS = (1, 2, 3, 4)
 
 
 def healthy(seed: int, num_steps: int = 150, validate_every: int = 4) -> list[Step]:
     """A run of one of five shapes: the loss decays, jumps down, is flat, is that of RL (around 0), or overshoots the
     start; zeros drift, experts die now and then for one step."""
     rng = np.random.default_rng(seed)
+    by_layer = np.random.default_rng(1000 + seed)
     shape, steps = seed % 5, []
     drift = rng.uniform(-0.1, 0.1)  # of the zeros, over the whole run
     for i in range(num_steps):
@@ -50,6 +52,10 @@ def healthy(seed: int, num_steps: int = 150, validate_every: int = 4) -> list[St
             "num_zeros/dead_experts": dead,
             **{f"num_zeros/{name}": float(count) for name, count in zeros.items()},
         }
+        for layer in LAYERS:
+            step[f"balance/max_vio/layer_{layer}"] = max(0.05, 0.3 + float(by_layer.normal(0, 0.1)))
+            step[f"num_zeros/dead_experts/layer_{layer}"] = dead if i % len(LAYERS) == layer - 1 else 0.0
+            step[f"num_zeros/layer_{layer}"] = total / 5
         if i % validate_every == 0 and shape != 3:
             step["validation/loss/all"] = mean * 1.05 + float(rng.normal(0, 0.01 * mean))
         steps.append(step)
@@ -68,12 +74,24 @@ def imbalance_by_load(step: Step, age: int) -> None:
     step["balance/max_vio"] = (step["balance/max_vio"] or 0) + 0.1 * age
 
 
+def imbalance_of_a_layer(step: Step, age: int) -> None:
+    step["balance/max_vio"] = (step["balance/max_vio"] or 0) + 0.1 * age / len(LAYERS)
+    step["balance/max_vio/layer_3"] = (step["balance/max_vio/layer_3"] or 0) + 0.1 * age
+    step["balance/max_vio/layer_2"] = (step["balance/max_vio/layer_2"] or 0) + 0.05 * age
+
+
 def imbalance_by_zeros(step: Step, age: int) -> None:
     change(step, routed_expert=min(0.01 * age, 0.3))
 
 
 def dead_experts(step: Step, age: int) -> None:
     step["num_zeros/dead_experts"] = 2.0
+
+
+def dead_experts_of_a_layer(step: Step, age: int) -> None:
+    step["num_zeros/dead_experts"] = 2.0
+    for layer in LAYERS:
+        step[f"num_zeros/dead_experts/layer_{layer}"] = 2.0 if layer == 4 else 0.0
 
 
 def starving(step: Step, age: int) -> None:
@@ -109,8 +127,10 @@ def nan_in_the_gradient(step: Step, age: int) -> None:
 
 PLANTED: list[tuple[str, Callable[[Step, int], None], bool]] = [
     ("imbalance", imbalance_by_load, False),
+    ("imbalance", imbalance_of_a_layer, False),
     ("imbalance", imbalance_by_zeros, False),
     ("dead_experts", dead_experts, False),
+    ("dead_experts", dead_experts_of_a_layer, False),
     ("dead_experts", starving, True),
     ("overfitting", overfitting_by_zeros, False),
     ("overfitting", overfitting_by_validation, False),
@@ -119,6 +139,9 @@ PLANTED: list[tuple[str, Callable[[Step, int], None], bool]] = [
     ("loss_spike", spike, False),
     ("nan", nan_in_the_gradient, False),
 ]
+
+
+LAYER_OF = {"imbalance_of_a_layer": 3, "dead_experts_of_a_layer": 4}
 
 
 def heard(steps: list[Step]) -> list[tuple[int, Trouble]]:
@@ -140,6 +163,7 @@ def test_planted_trouble_is_named(
     first, trouble = found[0]
     assert trouble.name == name and START <= first <= START + 20
     assert {t.name for _, t in found} == {name}, "and nothing else"
+    assert trouble.layer == LAYER_OF.get(plant.__name__)
     assert trouble.metric in trouble.message and trouble.hint in trouble.message
     assert not trouble.low <= trouble.value <= trouble.high
 

@@ -131,6 +131,7 @@ def test_starving_and_dying_over_the_window() -> None:
     assert metrics["balance/max_vio/window"] == pytest.approx(0.5)
     metrics = step(health, uneven, replayed=uneven.flip(0) + 8)
     assert (metrics["experts/starving"], metrics["experts/dying"]) == (2 * layers, layers)
+    assert [metrics[f"experts/starving/layer_{layer}"] for layer in replay.layers] == [2] * layers
     assert metrics["balance/max_vio/window"] == pytest.approx(1.0)
     assert (metrics["experts/starving/replayed"], metrics["experts/dying/replayed"]) == (0, 0)
     assert metrics["balance/max_vio/replayed"] == pytest.approx(88 / 48 - 1)

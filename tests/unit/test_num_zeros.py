@@ -8,6 +8,7 @@ from torch import nn
 
 from posttrain.learner.monitors import num_zeros
 from posttrain.learner.monitors.num_zeros import CLASSES, NumZeros, Slot
+from tests.metric_names import undocumented
 from tests.unit.moe_families import FAMILIES, NUM_EXPERTS
 
 
@@ -42,6 +43,33 @@ def test_all_families_have_experts_routers_and_attention(name: str) -> None:
         assert counter.sizes[module_class] > 0, module_class
     model = family.build()
     assert sum(counter.sizes.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_layers = sorted(layer for layer in counter.layer_sizes if layer >= 0)
+    assert in_layers == list(range(len(in_layers))), "every decoder layer, and no other"
+    layers = family.layers or in_layers[-family.num_moe_layers :]
+    assert counter.moe_layers == layers, "global numbers, as those of routes"
+
+
+def test_rows_beyond_the_experts_count_for_their_class_and_layer() -> None:
+    model = FAMILIES["longcat_flash"].build()
+    counter = NumZeros(model)
+    experts = model.model.layers[1].mlp.experts
+    fused = [p for p in experts.parameters() if len(p) > NUM_EXPERTS]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for parameter in fused:
+        parameter.grad[NUM_EXPERTS:] = 0
+    got = counter.count()
+    beyond = sum(p[NUM_EXPERTS:].numel() for p in fused)
+    assert got["num_zeros/routed_expert"] == got["num_zeros/layer_1"] == got["num_zeros/total"] == beyond
+    assert got["num_zeros/dead_experts"] == 0
+
+
+def test_frozen_experts_are_not_dead() -> None:
+    model = FAMILIES["mimo_v2_flash"].build()
+    model.model.layers[1].mlp.experts.requires_grad_(False)
+    got = NumZeros(model).count()
+    assert got["num_zeros/dead_experts/layer_1"] == 0
+    assert got["num_zeros/dead_experts/layer_2"] == got["num_zeros/dead_experts"] == NUM_EXPERTS
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3_grouped", "qwen2_moe", "ernie4_5_moe"])
@@ -73,6 +101,9 @@ def test_planted_zeros_are_counted_exactly() -> None:
     assert got["num_zeros/norm"] == 32
     assert got["num_zeros/dead_experts"] == 1
     assert got["num_zeros/total"] == planted + 3 * 32
+    assert [got[f"num_zeros/layer_{layer}"] for layer in (0, 1, 2)] == [0, planted, 0]
+    assert [got[f"num_zeros/dead_experts/layer_{layer}"] for layer in (1, 2)] == [1, 0]
+    assert undocumented(got) == set()
     assert got["num_zeros/share"] == got["num_zeros/total"] / sum(p.numel() for p in model.parameters())
 
 
@@ -88,6 +119,7 @@ def test_frozen_parameters_are_left_out() -> None:
 def test_a_dense_model_has_no_experts() -> None:
     got = num_zeros.count(nn.Sequential(nn.Embedding(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)))
     assert got["num_zeros/total"] == 12 + 6 + 8
+    assert set(got) == {f"num_zeros/{name}" for name in ("total", "share", "embedding", "norm", "other")}
     assert "num_zeros/dead_experts" not in got
 
 
@@ -96,7 +128,7 @@ def test_fragments_that_cut_experts_add_up(cut: int) -> None:
     parameter = nn.Parameter(torch.zeros(4, 3, 4))
     gradient = torch.randn(48, generator=torch.Generator().manual_seed(cut)).clamp(min=0)
     gradient[12:24] = 0
-    slot = Slot(parameter=parameter, module_class="routed_expert", layer=0)
+    slot = Slot(parameter=parameter, module_class="routed_expert", layer=0, expert_size=12)
     counts = torch.zeros(4, dtype=torch.int64)
     for start, piece in ((0, gradient[:cut]), (cut, gradient[cut:])):
         if len(piece):

@@ -185,6 +185,7 @@ def test_held_out_prompts_that_are_trained_on_are_noted(world):
         ("sft", ["learner.aux_loss_coef=0.1", "model.path={world}/dense"], "learner.aux_loss_coef=0.1: {world}/dense is a dense"),
         ("pipeline", ["rl.learner.expert_bias_rate=0.1", "model.path={world}/qwen"], "rl.learner.expert_bias_rate=0.1: the routers of"),
         ("sft", ["domain=law"], "domain='law'"),
+        ("sft", ["learner.zero_stage=3", "learner.deepspeed.zero_optimization.offload_optimizer.device=nvme"], "learner.deepspeed.zero_optimization.offload_optimizer.device='nvme': only cpu"),
         ("rl", ["learner.aux_loss_coef=0.1"], "learner.aux_loss_coef=0.1: the balance loss is a part of SFT alone"),
         ("mopd", ["learner.aux_loss_coef=0.1"], "learner.aux_loss_coef=0.1: the balance loss is a part of SFT alone"),
         ("pipeline", ["mopd.learner.aux_loss_coef=0.1"], "mopd.learner.aux_loss_coef=0.1: the balance loss is a part of SFT"),

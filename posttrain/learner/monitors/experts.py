@@ -70,7 +70,7 @@ class ExpertHealth:
         self.window.append(sums[:size].view(self._shape))
         loads = torch.stack(list(self.window)).sum(0)
         metrics = {"balance/max_vio/window": float(max_violation(loads[0]).mean())}
-        metrics |= self._idle(loads[0], "")
+        metrics |= self._idle(loads[0], "", by_layer=True)
         if self.window[-1][1].any():
             metrics["balance/max_vio/replayed"] = float(max_violation(self.window[-1][1]).mean())
             metrics["balance/max_vio/replayed_window"] = float(max_violation(loads[1]).mean())
@@ -105,15 +105,21 @@ class ExpertHealth:
         self.window.clear()
         self.window.extend([] if state is None else state.unbind())
 
-    def _idle(self, loads_LE: Tensor, suffix: str) -> dict[str, float]:
+    def _idle(self, loads_LE: Tensor, suffix: str, by_layer: bool = False) -> dict[str, float]:
         """Experts with little or no load. Choices that compute nothing are no experts, and a table cannot starve."""
         rows = [index for index, router in enumerate(self.replay.routers) if not router.is_table]
         loads = loads_LE[rows, : self.replay.routers[0].num_experts]
         means = loads.mean(-1, keepdim=True)
-        return {
-            f"experts/starving{suffix}": float((loads < STARVING_SHARE * means).sum()),
+        starving = (loads < STARVING_SHARE * means).sum(-1).tolist()
+        metrics = {
+            f"experts/starving{suffix}": float(sum(starving)),
             f"experts/dying{suffix}": float(((loads == 0) & (means > 0)).sum()),
         }
+        if by_layer:
+            layers = [self.replay.layers[row] for row in rows]
+            for layer, number in zip(layers, starving, strict=True):
+                metrics[f"experts/starving{suffix}/layer_{layer}"] = float(number)
+        return metrics
 
     def _squares(self, device: torch.device) -> Tensor:
         """This rank's part of the sum of the squared weights of every expert [L, E]."""

@@ -1,7 +1,9 @@
 """Where DeepSpeed keeps the accumulated gradient, and the weights, of a parameter under each ZeRO stage.
 
 Every rank sees its own fragment; the fragments of all ranks tile a parameter exactly once, padding left out. Valid
-between the last backward of a batch and ``engine.step()``.
+between the last backward of a batch and ``engine.step()``. With an offloaded optimizer the gradients are in float32
+buffers on the CPU that DeepSpeed never empties and, for some parameters, not fills: `finish_offload` and
+`clear_partitions` do.
 """
 
 from __future__ import annotations
@@ -70,20 +72,59 @@ def _zero12_fragment(parameter: Any) -> tuple[int, int, Tensor | None]:
     assert gradient.numel() == address.numel, (
         "DeepSpeed's gradient fragment has another length than its address"
     )
-    return address.start, address.numel, gradient
+    return address.start, address.numel, gradient.to(parameter.device)
 
 
-def clear_partitions(engine: Any) -> None:
-    """Zeroes what ZeRO-3 keeps of the gradients. Call it after every ``engine.step()``.
+def offloads(engine: Any) -> bool:
+    """Whether the optimizer, and so every gradient that it reads, is offloaded to the CPU."""
+    if not hasattr(engine, "zero_optimization_stage") or engine.zero_optimization_stage() == 0:
+        return False
+    name = "offload_optimizer" if engine.zero_optimization_stage() == 3 else "cpu_offload"
+    return bool(getattr(engine.optimizer, name))
 
-    Without it a parameter that gets no gradient in a step, such as an expert without tokens, is updated with the
-    gradient of the step before: DeepSpeed overwrites a partition only when a new gradient arrives.
+
+def finish_offload(engine: Any) -> None:
+    """Completes the offloaded gradients; nothing without offload. Call it after the last backward, before they are read.
+
+    DeepSpeed sends to the optimizer what the last micro-batch gave a gradient. A parameter that only earlier ones used,
+    such as an expert that the last one has no token for, has its sum elsewhere, and would be left out.
     """
-    if not hasattr(engine, "zero_optimization_stage") or engine.zero_optimization_stage() != 3:
+    if not offloads(engine):
         return
     optimizer = engine.optimizer
-    optimizer.grad_partitions_flat_buffer.zero_()
-    if optimizer.offload_optimizer:
-        for flat in optimizer.fp32_partitioned_groups_flat:
-            if isinstance(flat.grad, torch.Tensor):
-                flat.grad.zero_()
+    sent = optimizer.norm_for_param_grads
+    if engine.zero_optimization_stage() == 3:
+        parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
+        optimizer._offload_boundary_param_ids -= {
+            parameter.ds_id for parameter in parameters if optimizer.get_param_id(parameter) in sent
+        }
+    else:
+        optimizer._offload_accumulated_param_ids -= sent.keys()
+    optimizer.finalize_gradient_accumulation_boundary()
+    if torch.device(engine.device).type == "cuda":
+        torch.cuda.synchronize()  # copies to the CPU may be under way
+
+
+@torch.no_grad()
+def clear_partitions(engine: Any) -> None:
+    """Zeroes what ZeRO keeps of the gradients. Call it after every ``engine.step()``, or instead of one.
+
+    Without it a parameter that gets no gradient in a step, such as an expert without tokens, is updated with the
+    gradient of the step before: ZeRO-3, and every stage with an offloaded optimizer, overwrite a partition only when a
+    new gradient arrives.
+    """
+    if hasattr(engine, "zero_optimization_stage") and engine.zero_optimization_stage() == 3:
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+    if not offloads(engine):
+        return
+    optimizer = engine.optimizer
+    optimizer.reset_cpu_buffers()
+    if engine.zero_optimization_stage() == 3:
+        optimizer._offload_boundary_param_ids = set()
+        kept = [flat.grad for flat in optimizer.fp32_partitioned_groups_flat]
+    else:
+        optimizer._offload_accumulated_param_ids = set()
+        kept = [flat.grad for flat in optimizer.single_partition_of_fp32_groups]
+        kept += optimizer.accumulated_grads_in_cpu.values()
+    for gradient in kept:
+        gradient.zero_()

@@ -1,13 +1,14 @@
 """num-zeros (MiMo-V2-Flash report, section 4.2): gradient elements that are exactly 0, over the global batch.
 
-Counted on each rank's own fragment of every trainable parameter and summed with one all-reduce, so no gradient is
-gathered. A parameter without gradient counts with all its elements, ZeRO's padding never counts, and the number is the
+Counted once on each rank's own fragment of every trainable parameter, routed experts by expert, and summed with one
+all-reduce, so no gradient is gathered; classes, layers and dead experts are sums of these counts. A parameter without gradient counts with all its elements, ZeRO's padding never counts, and the number is the
 same for any ZeRO stage and any number of ranks. Rising: the load of the experts gets less even. Falling: overfitting.
 Both are claims of the report, not of ours.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from posttrain.learner.moe import routers as finding
-from posttrain.learner.moe.routers import ROUTER_CLASS
-from posttrain.learner.monitors.gradients import local_fragment, module_of
+from posttrain.learner.moe.routers import NOT_DECODER, ROUTER_CLASS
+from posttrain.learner.monitors.gradients import finish_offload, local_fragment, module_of
 
 CLASSES = ("embedding", "router", "routed_expert", "shared_expert", "attention", "norm", "head", "other")
 ATTENTION_MARKS = ("attention", "attn", "mixer", "deltanet")
@@ -26,58 +27,84 @@ ATTENTION_MARKS = ("attention", "attn", "mixer", "deltanet")
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Slot:
-    """One trainable parameter: its module class, and for routed experts which MoE layer and how experts lie in it."""
+    """One trainable parameter: its module class and decoder layer, and for routed experts how they lie in it."""
 
     parameter: nn.Parameter
     module_class: str
-    layer: int = -1  # index among the MoE layers
+    decoder_layer: int = -1  # global number; -1 outside of the decoder layers
+    layer: int = -1  # of routed experts: index among the MoE layers
     expert: int = (
         -1
     )  # of a parameter that holds one expert; -1 for fused parameters, whose first axis is the expert
+    expert_size: int = 0  # of fused parameters: elements of one expert
 
 
 class NumZeros:
     """Counts for one model. Build it once; `count` between the last backward and ``engine.step()``, on all ranks."""
 
     def __init__(self, engine: Any) -> None:
-        model = module_of(engine)
-        self.num_experts, self.num_layers, self.slots = _classify(model)
+        self._engine = engine
+        self.num_experts, self.moe_layers, self.slots = _classify(module_of(engine))
+        self.num_layers = len(self.moe_layers)
         self.sizes = dict.fromkeys(CLASSES, 0)
+        self.layer_sizes: Counter[int] = Counter()
         for slot in self.slots:
             self.sizes[slot.module_class] += _numel(slot.parameter)
+            self.layer_sizes[slot.decoder_layer] += _numel(slot.parameter)
+        # LongCat has rows beyond the experts.
+        fused = [_numel(slot.parameter) // slot.expert_size for slot in self.slots if slot.expert_size]
+        self._num_rows = max(fused, default=self.num_experts)
+        self._trained = torch.zeros(self.num_layers, self.num_experts, dtype=torch.bool)
+        for slot in self.slots:
+            if slot.module_class == "routed_expert":
+                self._trained[slot.layer, slot.expert if slot.expert >= 0 else slice(None)] = True
 
     @torch.no_grad()
     def count(self) -> dict[str, float]:
-        """``num_zeros/total``, ``num_zeros/<class>`` for classes that the model has, ``num_zeros/share`` (of all
-        trainable elements) and, for MoE models, ``num_zeros/dead_experts``: routed experts, over all layers, whose
-        whole gradient is 0. Collective."""
+        """``num_zeros/total``, ``num_zeros/<class>`` for classes that the model has, ``num_zeros/layer_<n>`` of each
+        decoder layer, ``num_zeros/share`` (of all trainable elements) and, for MoE models, ``num_zeros/dead_experts``:
+        routed experts, over all layers and by layer, whose whole gradient is 0. Collective."""
+        finish_offload(self._engine)
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         device = self.slots[0].parameter.device
-        nonzeros = torch.zeros(len(CLASSES), dtype=torch.int64, device=device)
-        experts = torch.zeros(self.num_layers, self.num_experts, dtype=torch.int64, device=device)
-        for slot in self.slots:
+        num_slots, shape = len(self.slots), (self.num_layers, self._num_rows)
+        packed = torch.zeros(num_slots + shape[0] * shape[1], dtype=torch.int64, device=device)
+        nonzeros, experts = packed[:num_slots], packed[num_slots:].view(shape)
+        for index, slot in enumerate(self.slots):
             start, length, gradient = local_fragment(slot.parameter, rank, num_ranks)
             if gradient is None or length == 0:
                 continue
-            nonzeros[CLASSES.index(slot.module_class)] += torch.count_nonzero(gradient)
             if slot.module_class == "routed_expert":
                 add_by_expert(experts[slot.layer], slot, start, gradient, _nonzeros)
-        packed = torch.cat([nonzeros, experts.flatten()])
+            else:
+                nonzeros[index] = torch.count_nonzero(gradient)
         if num_ranks > 1:
             dist.all_reduce(packed)
-        return self._metrics(packed.cpu())
+        return self._metrics(nonzeros.tolist(), experts.cpu())
 
-    def _metrics(self, packed: Tensor) -> dict[str, float]:
-        nonzeros, experts = packed[: len(CLASSES)].tolist(), packed[len(CLASSES) :]
-        zeros = {
-            name: self.sizes[name] - n for name, n in zip(CLASSES, nonzeros, strict=True) if self.sizes[name]
-        }
-        total = sum(zeros.values())
+    def _metrics(self, nonzeros: list[int], experts: Tensor) -> dict[str, float]:
+        """``nonzeros`` by slot, 0 for routed experts, which are in ``experts`` [MoE layer, row]."""
+        classes, layers = Counter(self.sizes), Counter(self.layer_sizes)
+        for slot, number in zip(self.slots, nonzeros, strict=True):
+            classes[slot.module_class] -= number
+            layers[slot.decoder_layer] -= number
+        for layer, number in zip(self.moe_layers, experts.sum(1).tolist(), strict=True):
+            classes["routed_expert"] -= number
+            layers[layer] -= number
+        total = sum(classes.values())
         metrics = {"num_zeros/total": float(total), "num_zeros/share": total / sum(self.sizes.values())}
-        metrics |= {f"num_zeros/{name}": float(n) for name, n in zeros.items()}
-        if self.sizes["routed_expert"]:
-            metrics["num_zeros/dead_experts"] = float((experts == 0).sum())
-        return metrics
+        metrics |= {f"num_zeros/{name}": float(classes[name]) for name in CLASSES if self.sizes[name]}
+        metrics |= {f"num_zeros/layer_{layer}": float(n) for layer, n in sorted(layers.items()) if layer >= 0}
+        return metrics | self._dead_experts(experts[:, : self.num_experts])
+
+    def _dead_experts(self, experts: Tensor) -> dict[str, float]:
+        if not self.sizes["routed_expert"]:
+            return {}
+        dead = (self._trained & (experts == 0)).sum(1).tolist()
+        by_layer = zip(self.moe_layers, dead, strict=True)
+        return {"num_zeros/dead_experts": float(sum(dead))} | {
+            f"num_zeros/dead_experts/layer_{layer}": float(number) for layer, number in by_layer if layer >= 0
+        }
 
 
 def _numel(parameter: Any) -> int:
@@ -95,48 +122,68 @@ def _nonzeros(rows: Tensor) -> Tensor:
 def add_by_expert(
     totals_E: Tensor, slot: Slot, start: int, fragment: Tensor, measure: Callable[[Tensor], Tensor]
 ) -> None:
-    """Adds ``measure`` ([n, size] -> [n], 0 for zeros) of a fragment [length] of a routed expert's parameter, which begins at
-    element ``start``, to the totals of its experts."""
+    """Adds ``measure`` ([n, size] -> [n], 0 for zeros) of a fragment [length] of a routed expert's parameter, which begins
+    at element ``start``, to the totals of its experts. Rows beyond ``totals_E`` are left out. Copies nothing."""
     if slot.expert >= 0:
-        totals_E[slot.expert] += measure(fragment[None])[0]
+        totals_E[slot.expert] += measure(fragment[None])[0].to(totals_E.device)
         return
-    num_experts, num_rows = len(totals_E), _shape(slot.parameter)[0]
-    # DBRX lays several rows to an expert; LongCat has rows beyond the experts, for choices that compute nothing.
-    size = _numel(slot.parameter) // (num_experts if num_rows % num_experts == 0 else num_rows)
-    first, last = start // size, (start + len(fragment) - 1) // size
-    if start % size or len(fragment) % size:
-        padded = fragment.new_zeros((last - first + 1) * size)
-        padded[start - first * size :][: len(fragment)] = fragment
-        fragment = padded
-    totals = measure(fragment.view(-1, size))[: max(num_experts - first, 0)]
-    totals_E[first : first + len(totals)] += totals
+    size = slot.expert_size
+    head = min(-start % size, len(fragment))  # the rest of an expert that begins before the fragment
+    whole = (len(fragment) - head) // size * size
+    for piece in (fragment[:head], fragment[head : head + whole], fragment[head + whole :]):
+        if not len(piece):
+            continue
+        values = measure(piece.view(-1, size) if len(piece) % size == 0 else piece[None])
+        totals = totals_E[start // size :][: len(values)]
+        totals += values[: len(totals)].to(totals.device)
+        start += len(piece)
 
 
-def _classify(model: nn.Module) -> tuple[int, int, list[Slot]]:
-    """(experts per layer, MoE layers, one slot per trainable parameter; a tied one appears once)."""
+def _classify(model: nn.Module) -> tuple[int, list[int], list[Slot]]:
+    """(experts per layer, decoder layer of each MoE layer, one slot per trainable parameter; a tied one appears once)."""
     blocks = dict(finding.blocks(model))
     counts = [_experts_in(block) for block in blocks.values()]
     assert len(set(counts)) <= 1, "MoE layers with different numbers of experts"
     num_experts = counts[0] if counts else 0
     layers = {name: index for index, name in enumerate(blocks)}
     modules = dict(model.named_modules())
+    stack = _decoder_stack(modules)
     slots = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         owner = next((block for block in blocks if name.startswith(f"{block}.") or block == ""), None)
         if owner is None:
-            slots.append(Slot(parameter=parameter, module_class=_plain_class(name, modules)))
+            slot = Slot(parameter=parameter, module_class=_plain_class(name, modules))
         else:
-            slots.append(
-                _block_slot(name.removeprefix(owner).lstrip("."), parameter, blocks[owner], layers[owner])
-            )
-    for slot in slots:
-        fused = slot.module_class == "routed_expert" and slot.expert < 0
-        assert not fused or _shape(slot.parameter)[0] >= num_experts, (
-            "fused experts do not lie along the first axis"
-        )
-    return num_experts, len(blocks), slots
+            slot = _block_slot(name.removeprefix(owner).lstrip("."), parameter, blocks[owner], layers[owner])
+        slot.decoder_layer = _decoder_layer(name, stack)
+        if slot.module_class == "routed_expert" and slot.expert < 0:
+            slot.expert_size = _expert_size(parameter, num_experts)
+        slots.append(slot)
+    return num_experts, [_decoder_layer(f"{block}.", stack) for block in blocks], slots
+
+
+def _decoder_stack(modules: dict[str, nn.Module]) -> str | None:
+    """Name of the list of decoder layers: the list of modules that holds most parameters."""
+    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    sizes = {name: sum(_numel(p) for p in module.parameters()) for name, module in lists.items()}
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def _decoder_layer(name: str, stack: str | None) -> int:
+    """Global layer number of a parameter or module, -1 outside of the decoder layers."""
+    if stack is None or not name.startswith(f"{stack}.") or NOT_DECODER.search(name):
+        return -1
+    return int(name.removeprefix(f"{stack}.").split(".")[0])
+
+
+def _expert_size(parameter: nn.Parameter, num_experts: int) -> int:
+    """Elements of one expert in a fused parameter. DBRX lays several rows to an expert; LongCat has rows beyond the experts,
+    for choices that compute nothing."""
+    num_rows = _shape(parameter)[0]
+    assert num_rows >= num_experts, "fused experts do not lie along the first axis"
+    return _numel(parameter) // (num_experts if num_rows % num_experts == 0 else num_rows)
 
 
 def _experts_in(block: nn.Module) -> int:
