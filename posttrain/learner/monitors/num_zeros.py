@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from posttrain.learner import lora
 from posttrain.learner.moe import routers as finding
 from posttrain.learner.moe.routers import ROUTER_CLASS
 from posttrain.learner.monitors.gradients import local_fragment, module_of
@@ -34,6 +35,11 @@ class Slot:
     expert: int = (
         -1
     )  # of a parameter that holds one expert; -1 for fused parameters, whose first axis is the expert
+    num_stacked: int = 0  # LoRA factors of fused experts: experts that lie in the factor
+    is_last_axis: bool = (
+        False  # and whether they take turns along its last axis (B), not in blocks along the first (A)
+    )
+    is_adapter: bool = False  # a LoRA factor, in the class of the weight that it adapts
 
 
 class NumZeros:
@@ -100,7 +106,12 @@ def add_by_expert(
     if slot.expert >= 0:
         totals_E[slot.expert] += measure(fragment[None])[0]
         return
-    num_experts, num_rows = len(totals_E), _shape(slot.parameter)[0]
+    num_experts, num_rows = len(totals_E), slot.num_stacked or _shape(slot.parameter)[0]
+    if slot.is_last_axis:
+        ends = (start % num_rows, -(start + len(fragment)) % num_rows)
+        totals = measure(nn.functional.pad(fragment, ends).view(-1, num_rows).T)[:num_experts]
+        totals_E[: len(totals)] += totals
+        return
     # DBRX lays several rows to an expert; LongCat has rows beyond the experts, for choices that compute nothing.
     size = _numel(slot.parameter) // (num_experts if num_rows % num_experts == 0 else num_rows)
     first, last = start // size, (start + len(fragment) - 1) // size
@@ -120,10 +131,12 @@ def _classify(model: nn.Module) -> tuple[int, int, list[Slot]]:
     num_experts = counts[0] if counts else 0
     layers = {name: index for index, name in enumerate(blocks)}
     modules = dict(model.named_modules())
+    factors = _lora_factors(model)
     slots = []
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        name = lora.plain_name(full_name)
         owner = next((block for block in blocks if name.startswith(f"{block}.") or block == ""), None)
         if owner is None:
             slots.append(Slot(parameter=parameter, module_class=_plain_class(name, modules)))
@@ -132,6 +145,9 @@ def _classify(model: nn.Module) -> tuple[int, int, list[Slot]]:
                 _block_slot(name.removeprefix(owner).lstrip("."), parameter, blocks[owner], layers[owner])
             )
     for slot in slots:
+        slot.num_stacked, slot.is_last_axis, slot.is_adapter = factors.get(
+            id(slot.parameter), (0, False, False)
+        )
         fused = slot.module_class == "routed_expert" and slot.expert < 0
         assert not fused or _shape(slot.parameter)[0] >= num_experts, (
             "fused experts do not lie along the first axis"
@@ -139,8 +155,17 @@ def _classify(model: nn.Module) -> tuple[int, int, list[Slot]]:
     return num_experts, len(blocks), slots
 
 
+def _lora_factors(model: nn.Module) -> dict[int, tuple[int, bool, bool]]:
+    """By id: experts stacked in the factor, whether along its last axis, True."""
+    found: dict[int, tuple[int, bool, bool]] = {}
+    for adapter in lora.adapters(model):
+        for factor, is_b in zip(adapter.factors, (False, True), strict=True):
+            found[id(factor)] = (adapter.num_stacked, is_b and adapter.num_stacked > 0, True)
+    return found
+
+
 def _experts_in(block: nn.Module) -> int:
-    experts: Any = block.experts
+    experts: Any = finding.unwrapped(block.experts)  # type: ignore[arg-type]
     if isinstance(experts, nn.ModuleList):
         return len(experts)
     for declared in ("num_experts", "num_routed_experts"):
@@ -158,14 +183,14 @@ def _block_slot(name: str, parameter: nn.Parameter, block: nn.Module, layer: int
     for mark, module_class in (("norm", "norm"), ("attn", "attention")):
         if mark in parts[0]:
             return Slot(parameter=parameter, module_class=module_class)
-    child = getattr(block, parts[0])
+    child = finding.unwrapped(getattr(block, parts[0]))
     is_router = parts[0] in ("gate", "router") or bool(ROUTER_CLASS.search(type(child).__name__))
     return Slot(parameter=parameter, module_class="router" if is_router else "shared_expert")
 
 
 def _plain_class(name: str, modules: dict[str, nn.Module]) -> str:
     path = name.split(".")[:-1]
-    own = modules[".".join(path)]
+    own = finding.unwrapped(modules[".".join(path)])
     if isinstance(own, nn.Embedding):
         return "embedding"
     if "norm" in type(own).__name__.lower():
