@@ -174,7 +174,7 @@ def _pass_on(layer: Any) -> Any:
 
 def register_external(model: nn.Module) -> None:
     """ZeRO-3: factors that the forward of another module reads are gathered together with its own parameters."""
-    from deepspeed.zero import register_external_parameter
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
     for adapter in adapters(model):
         if _parameter_of(adapter.layer):
@@ -197,7 +197,7 @@ def _modules(model: nn.Module, replay: RouterReplay | None, targets: list[str]) 
             continue
         found = _ending(modules, target)
         for name in found:
-            _check_module(target, modules[name], head, type(model).__name__)
+            _check_module(target, name, modules, head, type(model).__name__)
         if not found or target.rpartition(".")[2] in taken:
             raise _refused_module(model, target, modules, taken)
         chosen += found
@@ -215,7 +215,13 @@ def _all_linear(
         and module is not head
         and id(module.weight) not in routers
         and name.rpartition(".")[2] not in taken
+        and not _is_in_mamba(name, modules)
     ]
+
+
+def _is_in_mamba(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Mamba reads the weights of its linear modules without calling these: an adapter there would change nothing."""
+    return "mamba" in type(modules[name.rpartition(".")[0]]).__name__.lower()
 
 
 def _renamed(model: nn.Module, leaves: set[str]) -> set[str]:
@@ -234,14 +240,21 @@ def _renamed(model: nn.Module, leaves: set[str]) -> set[str]:
     return {leaf for leaf in leaves if not is_kept(leaf)}
 
 
-def _check_module(target: str, module: nn.Module, head: nn.Module, family: str) -> None:
-    key = "learner.lora.target_modules"
+def _check_module(
+    target: str, name: str, modules: dict[str, nn.Module], head: nn.Module, family: str
+) -> None:
+    key, module = "learner.lora.target_modules", modules[name]
     if module is head:
         raise UserError(f"{key}: {target!r} is the LM head of {family}, which has no adapter; leave it out")
     if type(module) is not nn.Linear:
         raise UserError(
             f"{key}: {target!r} is a {type(module).__name__} in {family}, not a linear module; give the names of linear"
             " modules, or its parameters in learner.lora.target_parameters"
+        )
+    if _is_in_mamba(name, modules):
+        raise UserError(
+            f"{key}: {target!r} is in a Mamba layer of {family}, whose kernels would pass the adapter by; give the full names"
+            " of modules elsewhere"
         )
 
 
@@ -254,7 +267,9 @@ def _refused_module(
             f"{key}: PEFT takes {target!r} for the fused experts or the router of {family}; give their parameters in"
             " learner.lora.target_parameters, such as experts.gate_up_proj, experts.down_proj or gate.weight"
         )
-    leaves = {name.rpartition(".")[2] for name, m in modules.items() if type(m) is nn.Linear}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linear = [name for name, module in modules.items() if type(module) is nn.Linear and module is not head]
+    leaves = {name.rpartition(".")[2] for name in linear}
     there = ", ".join(sorted(leaf for leaf in leaves - taken if not leaf.isdigit()))
     return UserError(f"{key}: no module of {family} is called {target!r}; there are {there}")
 
