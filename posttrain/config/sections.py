@@ -132,7 +132,7 @@ class LoraConfig:
     """Adapters (LoRA, arXiv 2106.09685) instead of full fine-tuning: W + scaling * B A, with W frozen."""
 
     rank: int = 0
-    """Rank of the adapters; 0 trains all weights (full fine-tuning) and leaves the other keys alone."""
+    """Rank of the adapters; 0 trains all weights (full fine-tuning)."""
     alpha: float | None = None
     """Scaling is alpha / rank; null: twice the rank."""
     use_rslora: bool = False

@@ -48,6 +48,7 @@ class LearnerWorker:
         self.replay: RouterReplay | None
         self.num_zeros: NumZeros
         self.health: experts.ExpertHealth | None = None
+        self.frozen_routers = False
         self._rejected: dict[str, str] = {}
         self._heads: dict[int, Tensor] = {}
         if num_threads is not None:

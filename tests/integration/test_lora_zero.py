@@ -1,4 +1,4 @@
-"""LoRA in the learner under ZeRO 0, 2 and 3 against plain PEFT with torch's AdamW on one process.
+"""LoRA in the learner under ZeRO 0 to 3 against plain PEFT with torch's AdamW on one process.
 
 Two float32 steps on a tiny MoE whose attention, experts and routers are adapted: losses, merged weights and num-zeros are
 those of the reference, frozen weights do not move by a bit. In either type an export and a save leave no trace in
@@ -22,7 +22,7 @@ from tests.integration.test_skip_zero import fingerprint
 
 pytestmark = pytest.mark.integration
 
-CELLS = ((0, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16"))
+CELLS = ((0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16"))
 TARGETS: dict[str, Any] = {
     "target_modules": ["all-linear"],
     "target_parameters": ["experts.down_proj", "experts.gate_up_proj", "gate.weight"],
