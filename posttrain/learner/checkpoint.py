@@ -29,7 +29,7 @@ def frozen_digest(module: nn.Module) -> str:
     """sha256 (hex) over the frozen parameters as the ranks hold them, each rank reading its share once. A collective."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
+    for name, parameter in sorted(module.named_parameters(), key=lambda pair: pair[0]):
         if not parameter.requires_grad:
             held = getattr(parameter, "ds_tensor", None)
             whole = parameter.detach().reshape(-1)

@@ -20,7 +20,6 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 from posttrain.config import Dtype, LearnerConfig, UserError
-from posttrain.learner import lora
 from posttrain.learner.monitors.gradients import clear_partitions
 from posttrain.learner.optimizer import build_optimizer
 from posttrain.learner.policy import num_parameters
@@ -93,8 +92,6 @@ def check_config(learner: LearnerConfig) -> None:
 def build(module: nn.Module, learner: LearnerConfig) -> Any:
     """A DeepSpeed engine around ``module`` with a fresh AdamW. The process group must be there."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if learner.lora.rank > 0 and learner.zero_stage == 3:
-        lora.register_external(module)
     optimizer = build_optimizer(module, learner)
     engine, *_ = deepspeed.initialize(
         model=module,

@@ -1,8 +1,8 @@
 """LoRA in the policy: PEFT's layers around frozen weights, the weights that both amount to, and the adapter's files.
 
-Owns which weights are adapted, and how a parameter without a module of its own (fused experts) is adapted under every
-ZeRO stage. Refuses targets that do not exist, that are not one matrix product, or that PEFT would read otherwise when
-the adapter is loaded again. Live weights are never merged: `Adapter.merged` makes new ones.
+Owns which weights are adapted, what they amount to and how they are written; the forward is PEFT's. Refuses targets that
+do not exist, that are not one matrix product, or that PEFT would read otherwise when the adapter is loaded again. Live
+weights are never merged: `Adapter.merged` makes new ones.
 """
 
 from __future__ import annotations
@@ -59,12 +59,6 @@ class Adapter:
         first, second = self.factors
         return second, first
 
-    def folded(self) -> Tensor:
-        """The adapted weight in its own type, with gradient to the factors."""
-        left, right = self.sides()
-        add = torch.baddbmm if self.num_stacked else torch.addmm
-        return add(self.weight, left, right, alpha=self.scaling)
-
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The adapted weight in float32; weight and factors must be whole here."""
@@ -119,7 +113,6 @@ def attach(model: nn.Module, replay: RouterReplay | None, lora: LoraConfig, base
     for adapter in found:
         for factor in adapter.factors:
             factor.requires_grad_(True)
-    _fold_parameters(found)
 
 
 def _inject(model: nn.Module, config: Any, seed: int) -> None:
@@ -136,50 +129,6 @@ def _inject(model: nn.Module, config: Any, seed: int) -> None:
                 f"learner.lora: PEFT cannot adapt {type(model).__name__} ({line}); choose other target_modules or"
                 " target_parameters"
             ) from error
-
-
-def _fold_parameters(found: list[Adapter]) -> None:
-    """Adapters of parameters: inside the forward of the module that owns them, the adapted weight stands in their place.
-
-    PEFT's own way exchanges the parameter itself, which ZeRO-3 then no longer gathers.
-    """
-    owners: dict[nn.Module, list[Adapter]] = {}
-    for adapter in found:
-        if _parameter_of(adapter.layer):
-            owners.setdefault(adapter.layer.get_base_layer(), []).append(adapter)
-    for owner, own in owners.items():
-        _stand_in(owner, own)
-
-
-def _stand_in(owner: nn.Module, own: list[Adapter]) -> None:
-    original = owner.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        folded = {adapter.layer.parameter_name: adapter.folded() for adapter in own}
-        owner.__dict__.update(folded)  # found before parameters, which stay where they are
-        try:
-            return original(*args, **kwargs)
-        finally:
-            for name in folded:
-                del owner.__dict__[name]
-
-    owner.forward = forward  # type: ignore[method-assign]
-    for adapter in own:
-        adapter.layer.forward = _pass_on(adapter.layer)
-
-
-def _pass_on(layer: Any) -> Any:
-    return lambda *args, **kwargs: layer.base_layer(*args, **kwargs)
-
-
-def register_external(model: nn.Module) -> None:
-    """ZeRO-3: factors that the forward of another module reads are gathered together with its own parameters."""
-    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
-
-    for adapter in adapters(model):
-        if _parameter_of(adapter.layer):
-            for factor in adapter.factors:
-                register_external_parameter(adapter.layer.get_base_layer(), factor)
 
 
 # ---- targets ----

@@ -134,6 +134,7 @@ def learner_config(stage: int, dtype: str, num_ranks: int, **lora: Any) -> Any:
         weight_decay=0.1,
         eps=EPSILON,
         grad_clip=0,
+        gradient_checkpointing=stage in (1, 3),
         deepspeed=whole,
         lora=LoraConfig(**settings),
     )
