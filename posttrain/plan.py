@@ -47,8 +47,9 @@ def processes(cfg: RunConfig, num_parameters: int | None) -> list[Processes]:
     found: list[Processes] = []
     if learner := _learner(cfg):
         cores = learner.cores_per_rank or max(1, (os.cpu_count() or 1) // learner.num_ranks)
-        # weights, gradients, and AdamW's two moments with the master weights in float32
+        # weights, gradients, and AdamW's two moments with the master weights in float32; adapters are too small to count
         each = 2 * BYTES[learner.dtype] + (8 if learner.dtype is Dtype.float32 else 12)
+        each = each if learner.lora.rank == 0 else BYTES[learner.dtype]
         copies = 1 if learner.zero_stage == 3 else learner.num_ranks
         found.append(
             _row("learner", learner.num_ranks, cores, use.get("learner", 0), num_parameters, each * copies)

@@ -183,6 +183,12 @@ def _check_policy_learner(
 ) -> None:
     """What only learners of RL and MOPD can get wrong."""
     require(
+        learner.lora.dropout == 0,
+        f"{key}.lora.dropout",
+        learner.lora.dropout,
+        "RL and MOPD train the policy that sampled, and it dropped nothing; give 0",
+    )
+    require(
         not learner.aux_loss_coef,
         f"{key}.aux_loss_coef",
         learner.aux_loss_coef,

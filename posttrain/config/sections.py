@@ -129,6 +129,49 @@ class RolloutConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Adapters (LoRA, arXiv 2106.09685) instead of full fine-tuning: W + scaling * B A, with W frozen."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights (full fine-tuning)."""
+    alpha: float | None = None
+    """Scaling is alpha / rank; null: twice the rank."""
+    use_rslora: bool = False
+    """Scaling is alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dropout: float = 0.0
+    """SFT only: share of an adapter's inputs that is dropped in training; not for target_parameters."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Linear modules that get an adapter, by the end of their names: `[q_proj,v_proj]`. all-linear: those of attention and
+    MLPs that PEFT can name, without routers and the LM head. Fused experts are no modules, see target_parameters."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Parameters that get one without being a linear module, by the end of their names: `[experts.gate_up_proj]` (one
+    adapter per expert), `[gate.weight]` (routers)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, "learner.lora", self, "rank")
+        require_above(0, "learner.lora", self, "alpha")
+        key = "learner.lora"
+        require(0 <= self.dropout < 1, f"{key}.dropout", self.dropout, "give a share from 0 to below 1")
+        require(
+            self.dropout == 0 or not self.target_parameters,
+            f"{key}.dropout",
+            self.dropout,
+            f"{key}.target_parameters cannot drop inputs; give 0, or leave target_parameters empty",
+        )
+        if self.rank > 0:
+            way_out = f"nothing is adapted; name modules, or use {key}.rank=0"
+            targets = [*self.target_modules, *self.target_parameters]
+            require(bool(targets), f"{key}.target_modules", self.target_modules, way_out)
+            return
+        way_out = f"{key}.rank=0 trains all weights; give a rank, or remove the key"
+        require(self.alpha is None, f"{key}.alpha", self.alpha, way_out)
+        require(not self.use_rslora, f"{key}.use_rslora", self.use_rslora, way_out)
+        require(self.dropout == 0, f"{key}.dropout", self.dropout, way_out)
+        require(not self.target_parameters, f"{key}.target_parameters", self.target_parameters, way_out)
+        require(self.target_modules == ["all-linear"], f"{key}.target_modules", self.target_modules, way_out)
+
+
+@dataclass(kw_only=True, slots=True)
 class LearnerConfig:
     num_ranks: int = 1
     """DeepSpeed ranks, one Ray actor each."""
@@ -163,12 +206,13 @@ class LearnerConfig:
     are of other weights, tokens or layers, and the rollout stays out of the loss. null: no limit."""
     expert_bias_rate: float | None = 0.0
     """gamma of the aux-loss-free bias update, once per optimizer step; 0 leaves the bias alone. null: 1e-4 where the
-    routers have an expert bias and are not frozen, else 0."""
+    routers have an expert bias and are not frozen (by freeze_router, or by adapters), else 0."""
     aux_loss_coef: float | None = 0.0
     """SFT only: coefficient of the sequence-wise balance loss. null: 1e-6 where the routers score by softmax or sigmoid
-    and are not frozen, else 0."""
+    and are not frozen (by freeze_router, or by adapters that leave them out), else 0."""
     freeze_router: bool = False
     """No gradient for router weights."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     expert_window: int = 20
     """MoE models: steps over which the load of every expert is summed, for the metrics `experts/...` and for
     expert_load.jsonl, which gets a line as often."""

@@ -1,7 +1,8 @@
 """Weights under Hugging Face checkpoint names: for rollout engines, and as a directory that loads anywhere.
 
 Every rank takes part (ZeRO-3 gathers), rank 0 alone holds the result. Float32 stays float32 for buffers and routers,
-which engines keep in that type; tied weights appear once, as in the source checkpoint.
+which engines keep in that type; tied weights appear once, as in the source checkpoint. Adapters (LoRA) are merged into
+copies, and the names are those of the plain model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from posttrain.config import UserError
+from posttrain.learner import lora
 from posttrain.learner.metrics import agree
 from posttrain.learner.model import read_config
 from posttrain.learner.moe.replay import RouterReplay
@@ -47,20 +50,25 @@ def checkpoint_tensors(
     from transformers.core_model_loading import revert_weight_conversion
 
     exact = {id(p) for router in (replay.routers if replay else []) for p in router.parameters()}
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): lora.plain_name(name) for name, p in model.named_parameters()}
+    adapters = {id(adapter.weight): adapter for adapter in lora.adapters(model)}
+    factors = {id(factor) for adapter in adapters.values() for factor in adapter.factors}
     state: dict[str, Tensor] = {}
-    for group in _groups(list(model.parameters())):
-        with _gathered(group):
+    for group in _groups([p for p in model.parameters() if id(p) not in factors]):
+        own = [factor for p in group if id(p) in adapters for factor in adapters[id(p)].factors]
+        with _gathered([*group, *own]):
             if dist.get_rank() == 0:
                 for parameter in group:
                     target = parameter.dtype if id(parameter) in exact else dtype
-                    state[names[id(parameter)]] = _to_cpu(parameter, target)
+                    adapter = adapters.get(id(parameter))
+                    value = parameter if adapter is None else adapter.merged()
+                    state[names[id(parameter)]] = _to_cpu(value, target)
     if dist.get_rank() != 0:
         return None
     persistent = model.state_dict(keep_vars=True).keys()
     for name, buffer in model.named_buffers():
         if name in persistent:
-            state[name] = _to_cpu(buffer, buffer.dtype)
+            state[lora.plain_name(name)] = _to_cpu(buffer, buffer.dtype)
     converted = revert_weight_conversion(model, state)  # type: ignore[arg-type]
     return {name: tensor.contiguous() for name, tensor in converted.items()}
 
@@ -104,28 +112,53 @@ def _bytes(tensor: Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor] | None:
+    """The adapter alone, on the CPU, by PEFT's names; None on other ranks than 0 and without an adapter. A collective."""
+    names = lora.file_names(model)
+    with _gathered(list(names.values())):
+        if dist.get_rank() != 0 or not names:
+            return None
+        return {name: factor.detach().cpu().clone() for name, factor in names.items()}
+
+
 def save_model(
-    folder: Path, source: Path, model: nn.Module, replay: RouterReplay | None, dtype: torch.dtype
+    folder: Path,
+    source: Path,
+    model: nn.Module,
+    replay: RouterReplay | None,
+    dtype: torch.dtype,
+    with_adapter: bool = True,
 ) -> None:
-    """A Hugging Face directory: weights, the config.json of ``source`` with all its keys, tokenizer, chat template.
+    """A Hugging Face directory: weights, the config.json of ``source`` with all its keys, tokenizer, chat template; of a
+    model with adapters the merged weights, and in ``adapter/`` the adapter itself unless not ``with_adapter``.
 
     Written beside ``folder`` and renamed at the end, so that ``folder`` is whole or as it was. `UserError` when the
     disk is full. A collective.
     """
     tensors = checkpoint_tensors(model, replay, dtype)
+    factors = adapter_tensors(model) if with_adapter else None
+    adapter = None if factors is None else (lora.settings(model), factors)
     error: Exception | None = None
     if tensors is not None:
-        error = _write(folder, source, tensors, dtype)
+        error = _write(folder, source, tensors, dtype, adapter)
     agree(error)
 
 
-def _write(folder: Path, source: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> Exception | None:
+def _write(
+    folder: Path,
+    source: Path,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    adapter: tuple[dict[str, Any], dict[str, Tensor]] | None = None,
+) -> Exception | None:
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:  # the disk is the other side
         aside.mkdir(parents=True)
         _copy_source(source, aside, dtype)
         _write_weights(aside, tensors)
+        if adapter is not None:
+            lora.write(aside / lora.FOLDER, *adapter)
         _replace(aside, folder)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)

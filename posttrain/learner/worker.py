@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.config import Dtype, FusedLoss, LearnerConfig, ModelConfig, Replay, UserError, check_deepspeed
-from posttrain.learner import checkpoint, engine, export, fused, losses, model
+from posttrain.learner import checkpoint, engine, export, fused, lora, losses, model
 from posttrain.learner.batching import MicroBatch, MicroBatchRows, RankBatch, collate
 from posttrain.learner.errors import RecordError
 from posttrain.learner.losses import LossInputs
@@ -48,6 +48,7 @@ class LearnerWorker:
         self.replay: RouterReplay | None
         self.num_zeros: NumZeros
         self.health: experts.ExpertHealth | None = None
+        self.frozen_routers = False
         self._rejected: dict[str, str] = {}
         self._heads: dict[int, Tensor] = {}
         if num_threads is not None:
@@ -101,6 +102,9 @@ class LearnerWorker:
             error = raised
         agree(error)
         self.engine = engine.build(self.policy, learner)
+        # Weights that never move need not be in every checkpoint. The bias, which moves, may count among the frozen ones.
+        keeps_base = learner.lora.rank > 0 and self.bias_rate == 0
+        self.base = checkpoint.frozen_digest(self.policy) if keeps_base else None
         self.num_zeros = NumZeros(self.engine)
         self.health = None
         if self.replay is not None:
@@ -119,10 +123,12 @@ class LearnerWorker:
         if self.learner.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.replay = RouterReplay.attach(loaded)
-        frozen = self.learner.freeze_router
+        adapted = self.learner.lora.rank > 0
+        frozen = self.learner.freeze_router or adapted
         self.bias_rate = balance.resolve_bias_rate(self.replay, self.learner.expert_bias_rate, frozen)
-        if self.learner.freeze_router and self.replay is not None:
-            balance.freeze_routers(self.replay)
+        if adapted:
+            lora.attach(loaded, self.replay, self.learner.lora, self.source, self.seed)
+        self.frozen_routers = balance.resolve_freezing(self.replay, self.learner)
         fuses = self.learner.fused_loss is FusedLoss.liger
         if fuses:
             fused.require(self.device)
@@ -361,7 +367,8 @@ class LearnerWorker:
     def save_model(self, folder: Path) -> None:
         """Hugging Face directory; see `export.save_model`."""
         dtype = TORCH_DTYPES[self.learner.dtype]
-        export.save_model(folder, self.source, self.policy.model, self.replay, dtype)
+        # An adapter has no place for the expert bias.
+        export.save_model(folder, self.source, self.policy.model, self.replay, dtype, self.bias_rate == 0)
 
     def save_checkpoint(self, folder: Path) -> None:
         """Training state; see `checkpoint.save`."""
@@ -369,11 +376,11 @@ class LearnerWorker:
             "num_skipped": self.num_skipped,
             "expert_load": None if self.health is None else self.health.state(),
         }
-        checkpoint.save(folder, self.engine, self.learner, state)
+        checkpoint.save(folder, self.engine, self.learner, state, self.base)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Training state back; see `checkpoint.load`."""
-        checkpoint.check(folder, self.policy, self.learner)
+        checkpoint.check(folder, self.policy, self.learner, self.base)
         if self.trained:  # DeepSpeed loads into an engine that has not trained yet
             self.reset(self.learner, self.model_config, self.total_steps, self.seed)
         state = checkpoint.load(folder, self.engine, self.learner)
@@ -516,7 +523,7 @@ class LearnerWorker:
         if loss.kind != "sft" or self.replay is None:
             return 0.0
         if self.learner.aux_loss_coef is None:
-            return 0.0 if self.learner.freeze_router else balance.DEFAULT_AUX_COEF
+            return 0.0 if self.frozen_routers else balance.DEFAULT_AUX_COEF
         return self.learner.aux_loss_coef
 
     def _auxiliary_loss(self, micro_batch: MicroBatch, num_samples: int, loss: LossSettings) -> Tensor | None:

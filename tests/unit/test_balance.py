@@ -272,6 +272,7 @@ def test_an_automatic_balance_loss_leaves_routers_without_scores_alone() -> None
         worker._auxiliary_loss(batch, 1, sft)
     worker.learner = LearnerConfig(aux_loss_coef=None)
     assert worker._auxiliary_loss(batch, 1, sft) is None
+    worker.frozen_routers = True
     worker.learner = LearnerConfig(aux_loss_coef=None, freeze_router=True)
     assert worker._aux_coef(sft) == 0.0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.config import UserError
+from posttrain.config import LearnerConfig, UserError
 from posttrain.learner.moe.replay import LiveRouting, RouterReplay
 
 DEFAULT_BIAS_RATE = 1e-4  # of SFT, MiMo-V2-Flash report
@@ -116,6 +116,28 @@ def max_violation(counts_LE: Tensor) -> Tensor:
     return torch.where(
         average > 0, (counts.max(-1).values - average) / average.clamp(min=1e-30), torch.zeros_like(average)
     )
+
+
+def resolve_freezing(replay: RouterReplay | None, learner: LearnerConfig) -> bool:
+    """Freezes the routers where ``learner.freeze_router`` says so; whether no router parameter trains. `UserError` where that
+    leaves adapters or a balance loss without anything to do."""
+    if replay is None:
+        return False
+    if learner.lora.rank == 0:
+        if learner.freeze_router:
+            freeze_routers(replay)
+        return learner.freeze_router
+    is_adapted = any(p.requires_grad for router in replay.routers for p in router.parameters())
+    if is_adapted and learner.freeze_router:
+        raise UserError(
+            "learner.freeze_router=True: learner.lora adapts routers; leave them out, or give false"
+        )
+    if learner.aux_loss_coef and not is_adapted:
+        raise UserError(
+            f"learner.aux_loss_coef={learner.aux_loss_coef!r}: adapters leave the routers frozen; give 0, or adapt them"
+            " (learner.lora.target_parameters=[gate.weight])"
+        )
+    return not is_adapted
 
 
 def freeze_routers(replay: RouterReplay) -> None:

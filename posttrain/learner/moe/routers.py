@@ -80,12 +80,12 @@ class Router:
         """Parameters that decide the logits, those of adapters around the router too."""
         gates = _router_children(self.block)
         if not gates:
-            gates = [m for m in self.block.children() if _is_linear(_unwrapped(m), self.num_experts)]
+            gates = [m for m in self.block.children() if _is_linear(unwrapped(m), self.num_experts)]
         return [p for gate in gates for p in gate.parameters()]
 
     def drawing_modules(self) -> list[nn.Module]:
         """Modules that may draw experts, or noise for their input, in train mode."""
-        children = [_unwrapped(child) for child in _router_children(self.block)]
+        children = [unwrapped(child) for child in _router_children(self.block)]
         return list(dict.fromkeys((self.block, self.module, *children)))
 
     def correction_bias(self) -> Tensor | None:
@@ -278,8 +278,8 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _describe(name: str, block: nn.Module, config: Any) -> Router:
     children = _router_children(block)
-    module = _unwrapped(children[0]) if len(children) == 1 else block
-    owners = (module, block, _unwrapped(block.experts), config)  # type: ignore[arg-type]
+    module = unwrapped(children[0]) if len(children) == 1 else block
+    owners = (module, block, unwrapped(block.experts), config)  # type: ignore[arg-type]
     num_experts = _first_int(owners, EXPERT_COUNT_KEYS)
     top_k = _first_int(owners, TOP_K_KEYS)
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
@@ -302,11 +302,11 @@ def _router_children(block: nn.Module) -> list[nn.Module]:
     return [
         child
         for child in block.children()
-        if ROUTER_CLASS.search(type(_unwrapped(child)).__name__) and child is not block.experts
+        if ROUTER_CLASS.search(type(unwrapped(child)).__name__) and child is not block.experts
     ]
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself inside of adapters (PEFT keeps it as ``base_layer``)."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner

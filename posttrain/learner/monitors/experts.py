@@ -35,7 +35,8 @@ class ExpertHealth:
         self.replay = replay
         self.window: deque[Tensor] = deque(maxlen=window)  # per step [2, L, E]: live, replayed
         self._shape = (2, replay.num_layers, replay.num_experts)
-        self._slots = [slot for slot in num_zeros.slots if slot.module_class == "routed_expert"]
+        # Adapters are not weights of experts: their norms would say nothing of the spread.
+        self._slots = [s for s in num_zeros.slots if s.module_class == "routed_expert" and not s.is_adapter]
         self._norms_shape = (num_zeros.num_layers, num_zeros.num_experts)
         self.start()
 

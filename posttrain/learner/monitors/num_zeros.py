@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from posttrain.learner import lora
 from posttrain.learner.moe import routers as finding
 from posttrain.learner.moe.routers import NOT_DECODER, ROUTER_CLASS
 from posttrain.learner.monitors.gradients import finish_offload, local_fragment, module_of
@@ -37,6 +38,8 @@ class Slot:
         -1
     )  # of a parameter that holds one expert; -1 for fused parameters, whose first axis is the expert
     expert_size: int = 0  # of fused parameters: elements of one expert
+    takes_turns: bool = False  # a LoRA factor (B) whose experts take turns along its last axis, not in blocks
+    is_adapter: bool = False  # a LoRA factor, in the class of the weight that it adapts
 
 
 class NumZeros:
@@ -128,6 +131,12 @@ def add_by_expert(
         totals_E[slot.expert] += measure(fragment[None])[0].to(totals_E.device)
         return
     size = slot.expert_size
+    if slot.takes_turns:
+        num_stacked = _numel(slot.parameter) // size
+        ends = (start % num_stacked, -(start + len(fragment)) % num_stacked)
+        values = measure(nn.functional.pad(fragment, ends).view(-1, num_stacked).T)[: len(totals_E)]
+        totals_E[: len(values)] += values.to(totals_E.device)
+        return
     head = min(-start % size, len(fragment))  # the rest of an expert that begins before the fragment
     whole = (len(fragment) - head) // size * size
     for piece in (fragment[:head], fragment[head : head + whole], fragment[head + whole :]):
@@ -147,19 +156,23 @@ def _classify(model: nn.Module) -> tuple[int, list[int], list[Slot]]:
     num_experts = counts[0] if counts else 0
     layers = {name: index for index, name in enumerate(blocks)}
     modules = dict(model.named_modules())
-    stack = _decoder_stack(modules)
+    stack, factors = _decoder_stack(modules), _lora_factors(model)
     slots = []
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        name = lora.plain_name(full_name)
         owner = next((block for block in blocks if name.startswith(f"{block}.") or block == ""), None)
         if owner is None:
             slot = Slot(parameter=parameter, module_class=_plain_class(name, modules))
         else:
             slot = _block_slot(name.removeprefix(owner).lstrip("."), parameter, blocks[owner], layers[owner])
         slot.decoder_layer = _decoder_layer(name, stack)
+        num_stacked, slot.takes_turns, slot.is_adapter = factors.get(id(parameter), (0, False, False))
         if slot.module_class == "routed_expert" and slot.expert < 0:
-            slot.expert_size = _expert_size(parameter, num_experts)
+            slot.expert_size = (
+                _numel(parameter) // num_stacked if num_stacked else _expert_size(parameter, num_experts)
+            )
         slots.append(slot)
     return num_experts, [_decoder_layer(f"{block}.", stack) for block in blocks], slots
 
@@ -186,8 +199,17 @@ def _expert_size(parameter: nn.Parameter, num_experts: int) -> int:
     return _numel(parameter) // (num_experts if num_rows % num_experts == 0 else num_rows)
 
 
+def _lora_factors(model: nn.Module) -> dict[int, tuple[int, bool, bool]]:
+    """By id: experts stacked in the factor, whether along its last axis, True."""
+    found: dict[int, tuple[int, bool, bool]] = {}
+    for adapter in lora.adapters(model):
+        for factor, is_b in zip(adapter.factors, (False, True), strict=True):
+            found[id(factor)] = (adapter.num_stacked, is_b and adapter.num_stacked > 0, True)
+    return found
+
+
 def _experts_in(block: nn.Module) -> int:
-    experts: Any = block.experts
+    experts: Any = finding.unwrapped(block.experts)  # type: ignore[arg-type]
     if isinstance(experts, nn.ModuleList):
         return len(experts)
     for declared in ("num_experts", "num_routed_experts"):
@@ -205,14 +227,14 @@ def _block_slot(name: str, parameter: nn.Parameter, block: nn.Module, layer: int
     for mark, module_class in (("norm", "norm"), ("attn", "attention")):
         if mark in parts[0]:
             return Slot(parameter=parameter, module_class=module_class)
-    child = getattr(block, parts[0])
+    child = finding.unwrapped(getattr(block, parts[0]))
     is_router = parts[0] in ("gate", "router") or bool(ROUTER_CLASS.search(type(child).__name__))
     return Slot(parameter=parameter, module_class="router" if is_router else "shared_expert")
 
 
 def _plain_class(name: str, modules: dict[str, nn.Module]) -> str:
     path = name.split(".")[:-1]
-    own = modules[".".join(path)]
+    own = finding.unwrapped(modules[".".join(path)])
     if isinstance(own, nn.Embedding):
         return "embedding"
     if "norm" in type(own).__name__.lower():
