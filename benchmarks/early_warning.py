@@ -1,6 +1,7 @@
 """Does the early warning name what is wrong with a run, and is it silent where nothing is?
 
     .venv/bin/python -m benchmarks.early_warning [--planted | --healthy] [--seeds 0 1 2] [--work DIR] [--json FILE]
+    .venv/bin/python -m benchmarks.early_warning --planted --quick     # one model, little data, a shorter SFT before
 
 Planted: tiny MoE models (sigmoid router with a bias, softmax router) that SFT has made go on with healthy SFT; after
 `HEALTHY_STEPS` steps one thing is broken, in the weights or in the data. Which alarm names it first, after how many
@@ -44,17 +45,27 @@ FOLDER = Path("benchmarks") / "results"
 RESULTS = Path(__file__).parent / "results" / "early_warning.json"
 THRESHOLDS = ("posttrain/early_warning.py", "posttrain/alarms.py")
 FAMILIES = ("mimo_v2_flash", "qwen3_moe")
-NUM_SFT = 48_000  # so many that no healthy run of this length sees a row of a small domain again
-PRETRAIN_STEPS = 150
 HEALTHY_STEPS = 30  # before trouble is planted; 20 make the bands
-WATCHED_STEPS = 40  # after it
 BAR_STEPS = 20  # in which trouble is to be named
-VALIDATE_EVERY = 2
+VALIDATE_EVERY = 2  # of planted trouble, so that it is known when the validation loss shows it
 NUM_HEALTHY = 20
-HEALTHY_RUN_STEPS = 150
+HEALTHY_RUN_STEPS, HEALTHY_VALIDATE_EVERY = 150, 5
 MOE_LAYER = 1  # index of the MoE layer in which routers and experts are broken; the middle one of three
 NUM_DUPLICATED = 32  # rows that come again and again
 AT_AGE = 3  # steps after the planting at which single batches are bad
+
+
+@dataclass(kw_only=True, frozen=True)
+class Size:
+    """How much of everything. ``num_sft`` is so large that no healthy run sees a row of a small domain again."""
+
+    num_sft: int
+    pretrain_steps: int
+    watched_steps: int  # after trouble was planted
+
+
+FULL = Size(num_sft=48_000, pretrain_steps=150, watched_steps=40)
+QUICK = Size(num_sft=8_000, pretrain_steps=80, watched_steps=BAR_STEPS)
 
 Batch = list[TrainingSample]
 BASE = LearnerConfig(
@@ -160,10 +171,10 @@ class Heard:
     validation: list[tuple[int, float]]
 
 
-def make_data(folder: Path, seed: int) -> Data:
+def make_data(folder: Path, num_sft: int, seed: int) -> Data:
     """Demonstrations of the four tiny domains from ``seed``; no prompt that is held out is in the others."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = build(seed, num_sft=NUM_SFT, num_prompts=1, num_valid=1, num_heldout=1)[SFT]
+    rows = build(seed, num_sft=num_sft, num_prompts=1, num_valid=1, num_heldout=1)[SFT]
     (folder / SFT).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for family in FAMILIES:
         build_model(folder / family, seed, family=family)
@@ -187,8 +198,8 @@ def _feed(rows: Batch, rng: random.Random) -> Iterator[TrainingSample]:
 class Bench:
     """Data, models and one learner in a work folder."""
 
-    def __init__(self, work: Path, num_threads: int) -> None:
-        self.work = work
+    def __init__(self, work: Path, size: Size, num_threads: int) -> None:
+        self.work, self.size = work, size
         self.learner = local.LocalLearner(num_threads)
 
     def tuned(self, family: str, data: Data, seed: int) -> Path:
@@ -198,41 +209,46 @@ class Bench:
         if model.exists():
             return model
         settings = replace(BASE, lr=3e-3, schedule=Schedule.cosine, min_lr_ratio=0.1, warmup_steps=20)
-        self.learner.reset(settings, folder / family, PRETRAIN_STEPS, seed)
+        self.learner.reset(settings, folder / family, self.size.pretrain_steps, seed)
         feed = batches(data.pretrain, 64, [1.0] * len(DOMAINS), seed)
-        for step in range(1, PRETRAIN_STEPS + 1):
+        for step in range(1, self.size.pretrain_steps + 1):
             self.learner.train_step(next(feed), step)
         self.learner.worker.save_model(model)
         return model
 
     def run(
-        self, feed: Iterator[Batch], held_out: Batch, num_steps: int, plant: Plant | None, rows: Batch
+        self, name: str, feed: Iterator[Batch], held_out: Batch, num_steps: int, validate_every: int
     ) -> Heard:
-        """Steps of the learner as it stands, with the alarms of a run; ``plant`` comes after HEALTHY_STEPS of them."""
+        """Steps of the learner as it stands, with the alarms of a run. All metrics stay in ``name``.jsonl of the work folder."""
         alarms, heard = Alarms(), Heard(alarms=[], validation=[])
-        for step in range(1, num_steps + 1):
-            batch, age = next(feed), step - HEALTHY_STEPS
-            if plant is not None and plant.weights is not None and age == 1:
-                plant.weights(self.learner, held_out)
-            if plant is not None and plant.data is not None and age >= 1:
-                batch = plant.data(age, batch, rows)
+        log = (self.work / f"{name}.jsonl").open("w")
+        for step, batch in zip(range(1, num_steps + 1), feed, strict=False):
             metrics = self.learner.train_step(batch, step)
-            if step == 1 or step % VALIDATE_EVERY == 0:
+            if step == 1 or step % validate_every == 0:
                 losses = self.learner.validate(held_out)
                 metrics |= {f"validation/loss/{domain}": loss for domain, loss in losses.items()}
                 heard.validation.append((step, losses["all"]))
+            log.write(json.dumps({"step": step} | metrics) + "\n")
             heard.alarms += [(step, trouble) for trouble in alarms.check(metrics)]
+        log.close()
         return heard
+
+    def broken(self, plant: Plant, data: Data, seed: int) -> Iterator[Batch]:
+        """Healthy batches; after HEALTHY_STEPS of them the trouble begins."""
+        few = [sample for own in data.tune.values() for sample in own[: NUM_DUPLICATED // len(DOMAINS)]]
+        for step, batch in enumerate(batches(data.tune, 64, [1.0] * len(DOMAINS), seed), start=1):
+            age = step - HEALTHY_STEPS
+            if plant.weights is not None and age == 1:
+                plant.weights(self.learner, data.held_out)
+            yield plant.data(age, batch, few) if plant.data is not None and age >= 1 else batch
 
     def planted(self, plant: Plant, family: str, seed: int) -> dict[str, Any]:
         """One line of the table of planted trouble."""
-        data = make_data(self.work / f"seed{seed}", seed)
-        model = self.tuned(family, data, seed)
-        num_steps = HEALTHY_STEPS + WATCHED_STEPS
+        data = make_data(self.work / f"seed{seed}", self.size.num_sft, seed)
+        model, num_steps = self.tuned(family, data, seed), HEALTHY_STEPS + self.size.watched_steps
         self.learner.reset(BASE, model, num_steps, seed)
-        feed = batches(data.tune, 64, [1.0] * len(DOMAINS), seed)
-        rows = [sample for own in data.tune.values() for sample in own[: NUM_DUPLICATED // len(DOMAINS)]]
-        heard = self.run(feed, data.held_out, num_steps, plant, rows)
+        name = f"{plant.name}-{family}-{seed}".replace(" ", "_")
+        heard = self.run(name, self.broken(plant, data, seed), data.held_out, num_steps, VALIDATE_EVERY)
         return judge(plant, heard) | {"trouble": plant.name, "family": family, "seed": seed}
 
     def healthy(self, number: int, seed: int) -> dict[str, Any]:
@@ -251,10 +267,11 @@ class Bench:
         )
         size, weights = rng.choice([32, 64, 96]), [rng.uniform(0.5, 2.0) for _ in DOMAINS]
         folder = self.work / f"seed{seed}"
-        data = make_data(folder, seed)
+        data = make_data(folder, self.size.num_sft, seed)
         model = self.tuned(family, data, seed) if is_tuned else folder / family
         self.learner.reset(settings, model, HEALTHY_RUN_STEPS, seed)
-        heard = self.run(batches(data.tune, size, weights, seed), data.held_out, HEALTHY_RUN_STEPS, None, [])
+        feed = batches(data.tune, size, weights, seed)
+        heard = self.run(f"healthy-{seed}", feed, data.held_out, HEALTHY_RUN_STEPS, HEALTHY_VALIDATE_EVERY)
         return {
             "seed": seed,
             "family": family,
@@ -365,17 +382,27 @@ def main() -> None:
     )
     parser.add_argument("--planted", action="store_true", help="only planted trouble")
     parser.add_argument("--healthy", action="store_true", help="only healthy runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of planted trouble")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of planted trouble (default: 0 1 2)"
+    )
     parser.add_argument(
         "--healthy-seeds", type=int, nargs="+", help="default: from the commit of the thresholds"
     )
-    parser.add_argument("--work", type=Path, default=Path("runs") / "benchmark-early-warning")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="write the numbers to this file")
+    parser.add_argument(
+        "--work", type=Path, help="folder of data and models (default: runs/benchmark-early-warning)"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="the numbers (default: benchmarks/results/early_warning.json)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--quick", action="store_true", help="one model, little data, a shorter SFT before")
     args = parser.parse_args()
+    args.work = args.work or Path("runs") / ("benchmark-early-warning" + "-quick" * args.quick)
+    args.json = args.json or (args.work / "early_warning.json" if args.quick else RESULTS)
+    families = FAMILIES[:1] if args.quick else FAMILIES
     both, commit = args.planted == args.healthy, thresholds_commit()
     result: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
-    bench, begin = Bench(args.work, args.threads), time.perf_counter()
+    bench, begin = Bench(args.work, QUICK if args.quick else FULL, args.threads), time.perf_counter()
 
     def write(part: str, lines: list[dict[str, Any]]) -> None:
         result[part] = lines
@@ -388,7 +415,7 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
     if args.planted or both:
-        cells = [(plant, family, seed) for plant in PLANTS for family in FAMILIES for seed in args.seeds]
+        cells = [(plant, family, seed) for plant in PLANTS for family in families for seed in args.seeds]
         write("planted", [_said(bench.planted(*cell)) for cell in cells])
     if args.healthy or both:
         result["thresholds"] = commit
