@@ -26,6 +26,8 @@ VALIDATIONS = 5  # fewer say nothing about their own noise
 VALIDATION_WINDOW = 12  # the last ones, whose noise counts
 VALIDATION_SIGMAS = 4.0
 VALIDATION_MARGIN = 0.02  # of the loss: what validation rises, and training falls, at least
+DOMAIN_SIGMAS = 6.0  # a domain's loss wanders while others are learned, and several are watched
+DOMAIN_MARGIN = 0.1
 LAYER = re.compile(r"(.+)/layer_(\d+)")
 ZERO_CLASSES = "attention|norm|router|head|shared_expert|other"
 
@@ -90,12 +92,21 @@ WATCHES = (
     ),
     Watch(
         name="dead_experts",
-        pattern=r"experts/(silent|starving|dying)(/.*)?",
+        pattern=r"experts/(silent|dying)(/.*)?",
         side="above",
         relative=0.5,
         absolute=0.5,  # one expert more
         where="experts/silent",
         hint=f"experts get no tokens any more; {BALANCE} the routing; a small batch looks the same",
+    ),
+    Watch(
+        name="dead_experts",
+        pattern=r"experts/starving(/.*)?",
+        side="above",
+        relative=0.5,
+        absolute=1.5,  # two more: one may come and go at the limit of what counts as starving
+        where="experts/starving",
+        hint=f"experts get hardly any tokens; {BALANCE} the routing; a small batch looks the same",
     ),
     Watch(
         name="overfitting",
@@ -236,7 +247,10 @@ class EarlyWarning:
             # Second differences see the noise alone, not the trend; they have six times its variance.
             slopes = [b - a for a, b in pairwise(losses[-VALIDATION_WINDOW:])]
             sigma = _sigma([b - a for a, b in pairwise(slopes)]) / math.sqrt(6)
-            limit = smooth[best] + VALIDATION_SIGMAS * sigma + VALIDATION_MARGIN * abs(smooth[best])
+            sigmas, margin = VALIDATION_SIGMAS, VALIDATION_MARGIN
+            if name != "validation/loss/all":
+                sigmas, margin = DOMAIN_SIGMAS, DOMAIN_MARGIN
+            limit = smooth[best] + sigmas * sigma + margin * abs(smooth[best])
             before = history[best + 2][1]
             falls = history[-1][1] < before - VALIDATION_MARGIN * abs(before)
             trouble = Trouble(
