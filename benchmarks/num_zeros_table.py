@@ -2,8 +2,9 @@
 
 A signal warns where its last five steps have all left the band that it learned from its first twenty: the bands of
 `posttrain.early_warning`, six robust sigmas wide, here on both sides and without the fixed margins of the alarms. It
-is compared with two events of the same run: the step of the lowest validation loss, where the loss rises by 2 %
-or more afterwards; and the step at which MaxVio passes MAX_VIO_LIMIT.
+is compared with two events of the same run after its data change (or after the steps that make the bands, where they do
+not): the step of the lowest validation loss, where the loss rises by 2 % or more afterwards; and the step from which most
+batches leave some expert without tokens.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ WATCHES = tuple(
     for signal, metric in SIGNALS.items()
     for side in ("above", "below")
 )
-MAX_VIO_LIMIT = 4.0  # the fullest expert has five times the mean load; 15 is the most with 2 of 32 experts
-EVENTS = ("validation", "MaxVio")
+EVENTS = {
+    "validation": "the lowest validation loss",
+    "empty": f"an expert without tokens in most of {RECENT} steps",
+}
 PANELS = {
     "num-zeros, share": "num_zeros/share",
     "MaxVio": "balance/max_vio",
@@ -86,13 +89,14 @@ def first_warnings(line: Line) -> dict[str, Warned | None]:
 
 def events(line: Line) -> dict[str, int | None]:
     """The steps that signals are compared with, None for what does not happen."""
-    vio = line["series"]["balance/max_vio"]
-    smooth = [median(vio[i - RECENT : i]) for i in range(RECENT, len(vio) + 1)]
-    passed = [i + RECENT for i, value in enumerate(smooth) if value > MAX_VIO_LIMIT]
-    return {
-        "validation": rise(line["validated"], line["validation"]["all"]),
-        "MaxVio": passed[0] if passed else None,
-    }
+    begin = line["shift"] or WARM_UP
+    empty = line["series"]["num_empty_experts"]
+    lost = [
+        step for step in range(begin + RECENT, len(empty) + 1) if median(empty[step - RECENT : step]) >= 1
+    ]
+    held_out = zip(line["validated"], line["validation"]["all"], strict=True)
+    steps, losses = zip(*[(step, loss) for step, loss in held_out if step >= begin], strict=True)
+    return {"validation": rise(list(steps), list(losses)), "empty": lost[0] if lost else None}
 
 
 def rise(steps: list[int], losses: list[float]) -> int | None:
@@ -210,10 +214,7 @@ def print_tables(arms: dict[str, list[Line]]) -> None:
             for name, s in found.items()
         ],
     )
-    for event, what in (
-        ("validation", "the step of the lowest validation loss"),
-        ("MaxVio", f"MaxVio above {MAX_VIO_LIMIT:g} (median of {RECENT} steps)"),
-    ):
+    for event, what in EVENTS.items():
         _print(
             f"Steps by which a signal warns before {what}: median [least, most], seeds that have both; negative: after it",
             ["arm", "event at step", *SIGNALS],

@@ -12,7 +12,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
 
@@ -26,13 +26,17 @@ VALIDATIONS = 5  # fewer say nothing about their own noise
 VALIDATION_WINDOW = 12  # the last ones, whose noise counts
 VALIDATION_SIGMAS = 4.0
 VALIDATION_MARGIN = 0.02  # of the loss: what validation rises, and training falls, at least
+DOMAIN_SIGMAS = 6.0  # a domain's loss wanders while others are learned, and several are watched
+DOMAIN_MARGIN = 0.1
+LAYER = re.compile(r"(.+)/layer_(\d+)")
 ZERO_CLASSES = "attention|norm|router|head|shared_expert|other"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watch:
     """Metrics whose whole name matches ``pattern`` should not leave their learned band on ``side``, which is wider than
-    their median by ``sigmas``, by ``relative`` times the median, or by ``absolute``, whichever is most."""
+    their median by ``sigmas``, by ``relative`` times the median, or by ``absolute``, whichever is most. ``<where>/layer_<n>``
+    are metrics that show in which layer."""
 
     name: str
     pattern: str
@@ -40,12 +44,13 @@ class Watch:
     relative: float = 0.0
     absolute: float = 0.0
     sigmas: float = SIGMAS
+    where: str = ""
     hint: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trouble:
-    """A number outside of its band [low, high]. ``layer`` is None where the number belongs to no single layer."""
+    """A number outside of its band [low, high]. ``layer`` is the one that has moved most, None where nothing tells."""
 
     name: str
     metric: str
@@ -53,28 +58,27 @@ class Trouble:
     low: float = float("-inf")
     high: float = float("inf")
     hint: str
-
-    @property
-    def layer(self) -> int | None:
-        found = re.search(r"/layer_(\d+)$", self.metric)
-        return int(found.group(1)) if found else None
+    layer: int | None = None
 
     @property
     def message(self) -> str:
+        is_told = self.layer is None or LAYER.fullmatch(self.metric)
+        metric = self.metric if is_told else f"{self.metric} (most in layer {self.layer})"
         if not math.isfinite(self.value):
-            return f"{self.metric} is {self.value}: {self.hint}"
+            return f"{metric} is {self.value}: {self.hint}"
         side, limit = ("below", self.low) if self.value < self.low else ("above", self.high)
-        return f"{self.metric} is {self.value:.3g}, {side} {limit:.3g}: {self.hint}"
+        return f"{metric} is {self.value:.3g}, {side} {limit:.3g}: {self.hint}"
 
 
 BALANCE = "in SFT raise learner.aux_loss_coef or learner.expert_bias_rate, in RL and MOPD learner.freeze_router=true keeps"
 WATCHES = (
     Watch(
         name="imbalance",
-        pattern=r"(balance|experts)/max_vio.*",
+        pattern=r"balance/max_vio(/.*)?",
         side="above",
         relative=0.5,
         absolute=0.5,  # half a mean load more on the fullest expert
+        where="balance/max_vio",
         hint=f"the load of the experts gets less even; {BALANCE} the routing, or lower learner.lr",
     ),
     Watch(
@@ -83,15 +87,26 @@ WATCHES = (
         side="above",
         relative=0.5,
         absolute=0.05,  # of all elements
+        where="num_zeros/dead_experts",
         hint=f"(share of all elements) experts lose their gradient; {BALANCE} the routing, or lower learner.lr",
     ),
     Watch(
         name="dead_experts",
-        pattern=r"(num_zeros/dead_experts|experts/(starving|dying))(/.*)?",
+        pattern=r"experts/(silent|dying)(/.*)?",
         side="above",
         relative=0.5,
         absolute=0.5,  # one expert more
+        where="experts/silent",
         hint=f"experts get no tokens any more; {BALANCE} the routing; a small batch looks the same",
+    ),
+    Watch(
+        name="dead_experts",
+        pattern=r"experts/starving(/.*)?",
+        side="above",
+        relative=0.5,
+        absolute=1.5,  # two more: one may come and go at the limit of what counts as starving
+        where="experts/starving",
+        hint=f"experts get hardly any tokens; {BALANCE} the routing; a small batch looks the same",
     ),
     Watch(
         name="overfitting",
@@ -108,6 +123,7 @@ WATCHES = (
         side="above",
         relative=0.5,
         absolute=0.01,  # of all elements
+        where="num_zeros",
         hint="(share of all elements) gradients outside of the experts vanish; try learner.dtype=float32, and see whether"
         " rewards or teacher gaps are all equal",
     ),
@@ -116,6 +132,7 @@ WATCHES = (
         pattern="num_zeros/share",
         side="above",
         absolute=0.5,
+        where="num_zeros",
         hint="most gradients are exactly 0; try learner.dtype=float32, and see whether rewards or teacher gaps are all equal",
     ),
     Watch(
@@ -147,6 +164,8 @@ class EarlyWarning:
 
     def __init__(self, watches: Sequence[Watch] = WATCHES) -> None:
         self._watches = watches
+        self._places = {watch.where for watch in watches if watch.where}
+        self._watched: dict[str, list[Watch]] = {}  # metric -> its watches
         self._series: dict[str, _Series] = {}
         self._losses: deque[float] = deque(maxlen=WARM_UP)
         self._validations: dict[str, list[tuple[float, float]]] = {}  # name -> (its loss, training loss then)
@@ -180,21 +199,43 @@ class EarlyWarning:
 
     def _learned(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
         for metric, value in metrics.items():
-            watches = [watch for watch in self._watches if re.fullmatch(watch.pattern, metric)]
-            if not watches:
-                continue
-            series = self._series.setdefault(metric, _Series())
-            if len(series.first) < WARM_UP:
-                series.first.append(value)
-                continue
-            series.recent.append(value)
-            if len(series.recent) == RECENT:
-                for watch in watches:
-                    yield f"{watch.name}/{watch.side}/{metric}", _outside(watch, metric, series)
+            if self._watches_of(metric) or self._is_place(metric):
+                series = self._series.setdefault(metric, _Series())
+                (series.first if len(series.first) < WARM_UP else series.recent).append(value)
+        for metric in metrics:
+            for watch in self._watches_of(metric):
+                series = self._series[metric]
+                if len(series.recent) < RECENT:
+                    continue
+                trouble = _outside(watch, metric, series)
+                if trouble is not None:
+                    trouble = replace(trouble, layer=self._layer(watch.where, metric))
+                yield f"{watch.name}/{watch.side}/{metric}", trouble
+
+    def _watches_of(self, metric: str) -> list[Watch]:
+        if metric not in self._watched:
+            self._watched[metric] = [w for w in self._watches if re.fullmatch(w.pattern, metric)]
+        return self._watched[metric]
+
+    def _is_place(self, metric: str) -> bool:
+        found = LAYER.fullmatch(metric)
+        return found is not None and found.group(1) in self._places
+
+    def _layer(self, where: str, metric: str) -> int | None:
+        """The layer of ``metric``, or that in which ``where`` has moved up most since the first steps."""
+        if own := LAYER.fullmatch(metric):
+            return int(own.group(2))
+        moved = {}
+        for name, series in self._series.items():
+            found = LAYER.fullmatch(name)
+            if found and found.group(1) == where and series.recent:
+                moved[int(found.group(2))] = median(series.recent) - median(series.first)
+        layer = max(moved, key=moved.__getitem__, default=None)
+        return layer if layer is not None and moved[layer] > 0 else None
 
     def _overfitting(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
         for name in (name for name in metrics if name.startswith("validation/loss/")):
-            if not self._losses:
+            if len(self._losses) < WARM_UP:
                 continue
             history = self._validations.setdefault(name, [])
             history.append((metrics[name], median(self._losses)))
@@ -206,7 +247,10 @@ class EarlyWarning:
             # Second differences see the noise alone, not the trend; they have six times its variance.
             slopes = [b - a for a, b in pairwise(losses[-VALIDATION_WINDOW:])]
             sigma = _sigma([b - a for a, b in pairwise(slopes)]) / math.sqrt(6)
-            limit = smooth[best] + VALIDATION_SIGMAS * sigma + VALIDATION_MARGIN * abs(smooth[best])
+            sigmas, margin = VALIDATION_SIGMAS, VALIDATION_MARGIN
+            if name != "validation/loss/all":
+                sigmas, margin = DOMAIN_SIGMAS, DOMAIN_MARGIN
+            limit = smooth[best] + sigmas * sigma + margin * abs(smooth[best])
             before = history[best + 2][1]
             falls = history[-1][1] < before - VALIDATION_MARGIN * abs(before)
             trouble = Trouble(

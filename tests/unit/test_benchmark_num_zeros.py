@@ -80,9 +80,13 @@ def test_the_gap_follows_validation_and_training_loss() -> None:
 
 
 def test_events_by_hand() -> None:
-    assert events(line()) == {"validation": 40, "MaxVio": None}
-    # The median of five steps passes 4 when three of them have.
-    assert events(line(max_vio=6.0)) == {"validation": 40, "MaxVio": CHANGE + 3}
+    assert events(line()) == {"validation": 40, "empty": None}
+    # The median of five steps is 1 when three of them are.
+    assert events(line(empty=1.0)) == {"validation": 40, "empty": CHANGE + RECENT}
+    late = line()
+    late["series"]["num_empty_experts"] = [0.0] * 40 + [2.0] * (STEPS - 40)
+    late["validation"]["all"][0] = 0.1  # before the data change
+    assert events(late) == {"validation": 40, "empty": 43}
     assert rise([1, 5, 10, 15, 20], [3.0, 2.0, 1.0, 0.5, 0.4]) is None, "it falls to the end"
     assert rise([1, 5, 10, 15, 20], [1.0, 1.0, 1.01, 1.01, 1.01]) is None, "1 % is no rise"
     assert rise([1, 5, 10, 15, 20], [3.0, 1.0, 1.2, 1.5, 2.0]) == 5
@@ -91,14 +95,15 @@ def test_events_by_hand() -> None:
 
 def test_leads_by_hand() -> None:
     lines = [
-        line(routed_expert=2900.0, max_vio=6.0),
-        line(seed=1, max_vio=6.0),
+        line(routed_expert=2900.0, empty=1.0),
+        line(seed=1, empty=1.0),
         line(seed=2, routed_expert=2900.0),
     ]
+    lines[0]["series"]["num_empty_experts"] = [0.0] * 40 + [1.0] * (STEPS - 40)
     assert leads(lines, "num-zeros", "validation") == [5, 5], "seed 1 does not warn"
-    assert leads(lines, "num-zeros", "MaxVio") == [-2], "seed 2 never passes the limit"
+    assert leads(lines, "num-zeros", "empty") == [8], "seed 2 loses no expert"
     found = summary(lines)
-    assert found["events"] == {"validation": [40, 40, 40], "MaxVio": [33, 33]}
+    assert found["events"] == {"validation": [40, 40, 40], "empty": [43, 35]}
     assert found["warnings"]["num-zeros"] == [(35, "above"), (35, "above")]
     first, last = found["ends"]["num_zeros/share"]
     assert first == pytest.approx([0.1] * 3) and last == pytest.approx([0.3, 0.1, 0.3])
@@ -119,8 +124,8 @@ def test_tables_and_picture_from_lines_alone(tmp_path: Any, capsys: Any) -> None
     results = tmp_path / "num_zeros.jsonl"
     probe = {"probe": {"0.5": 3e-5}, "commit": "abc"}
     cells = [
-        line(max_vio=9.0),
-        line(routed_expert=2900.0, max_vio=6.0),
+        line(empty=9.0),
+        line(routed_expert=2900.0, empty=1.0),
         line(seed=1, routed_expert=2900.0),
         line("repeat"),
     ]
@@ -131,7 +136,7 @@ def test_tables_and_picture_from_lines_alone(tmp_path: Any, capsys: Any) -> None
     assert rows[0][1] == "2", "the cell that is there twice counts once, the later one"
     assert rows[1][2] == "above 35 (2/2)"
     assert rows[2][1:3] == ["40 (2/2)", "+5 [5, 5] (2/2)"]
-    assert rows[3][1:3] == ["33 (1/2)", "-2 [-2, -2] (1/2)"]
+    assert rows[3][1:3] == ["35 (1/2)", "+0 [0, 0] (1/2)"]
     assert "imbalance/above/balance/max_vio 35 (2/2)" in rows[4][1]
     assert "quantile 0.5 3e-05" in printed and "abc" in printed
     assert results.with_suffix(".png").stat().st_size > 10_000

@@ -85,13 +85,13 @@ def imbalance_by_zeros(step: Step, age: int) -> None:
 
 
 def dead_experts(step: Step, age: int) -> None:
-    step["num_zeros/dead_experts"] = 2.0
+    step["experts/silent"] = 0.0 if age < 0 else 2.0
 
 
 def dead_experts_of_a_layer(step: Step, age: int) -> None:
-    step["num_zeros/dead_experts"] = 2.0
+    step["experts/silent"] = 0.0 if age < 0 else 1.0
     for layer in LAYERS:
-        step[f"num_zeros/dead_experts/layer_{layer}"] = 2.0 if layer == 4 else 0.0
+        step[f"experts/silent/layer_{layer}"] = 1.0 if layer == 4 and age >= 0 else 0.0
 
 
 def starving(step: Step, age: int) -> None:
@@ -129,8 +129,8 @@ PLANTED: list[tuple[str, Callable[[Step, int], None], bool]] = [
     ("imbalance", imbalance_by_load, False),
     ("imbalance", imbalance_of_a_layer, False),
     ("imbalance", imbalance_by_zeros, False),
-    ("dead_experts", dead_experts, False),
-    ("dead_experts", dead_experts_of_a_layer, False),
+    ("dead_experts", dead_experts, True),
+    ("dead_experts", dead_experts_of_a_layer, True),
     ("dead_experts", starving, True),
     ("overfitting", overfitting_by_zeros, False),
     ("overfitting", overfitting_by_validation, False),
@@ -190,6 +190,18 @@ def test_the_layer_is_named() -> None:
     assert trouble.message.startswith(
         "balance/max_vio/layer_7 is 2, above 0.81: 5 steps in a row; the first 20 had 0.31;"
     )
+
+
+def test_a_number_of_all_layers_names_the_one_that_moved_most() -> None:
+    def step(total: float, third: float) -> Step:
+        return {"num_zeros/total": total * N, "num_zeros/share": total, "num_zeros/attention": total * N} | {
+            f"num_zeros/layer_{layer}": third * N if layer == 3 else 0.001 * N * layer for layer in range(6)
+        }
+
+    steps = [*[step(0.0, 0.001)] * 40, *[step(0.1, 0.1)] * 5]
+    ((at, trouble),) = heard(steps)
+    assert (at, trouble.name, trouble.layer) == (44, "gradient_underflow", 3)
+    assert trouble.message.startswith("num_zeros/attention (most in layer 3) is 0.1, above 0.01: ")
 
 
 def test_many_numbers_that_show_one_thing_are_one_alarm_and_quiet_for_a_while() -> None:

@@ -21,6 +21,11 @@ def entropy(inputs: LossInputs) -> dict[str, Metric]:
     return {"entropy": mean(values, active), **mean_by_domain("entropy", values, active, inputs)}
 
 
+def cross_entropy(inputs: LossInputs) -> dict[str, Metric]:
+    """Mean -log pi of given tokens, by domain: the same sum as `entropy`, which only samples of the policy estimate."""
+    return mean_by_domain("loss", -inputs.policy_logprobs.detach(), inputs.weights != 0, inputs)
+
+
 def share_and_domains(group: str, name: str, mask: Tensor, inputs: LossInputs) -> dict[str, Metric]:
     """``group/name``, the share of tokens where ``mask`` [N] holds, and the same by domain as ``<domain>/group_name``."""
     active = inputs.weights != 0

@@ -10,4 +10,5 @@ from posttrain.records import LossSettings
 def loss(inputs: LossInputs, settings: LossSettings) -> LossOutput:
     """``weights`` hold the denominators, e.g. 1 / (loss tokens of the global batch)."""
     del settings
-    return LossOutput(loss=-(inputs.weights * inputs.policy_logprobs).sum(), metrics=metrics.entropy(inputs))
+    loss = -(inputs.weights * inputs.policy_logprobs).sum()
+    return LossOutput(loss=loss, metrics=metrics.cross_entropy(inputs))

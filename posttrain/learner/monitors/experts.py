@@ -20,6 +20,7 @@ from posttrain.learner.monitors.gradients import weight_fragment
 from posttrain.learner.monitors.num_zeros import NumZeros, add_by_expert
 
 STARVING_SHARE = 0.1  # of the mean load
+SILENT_STEPS = 5  # in a row: a batch without tokens for an expert is an accident, five are not
 
 
 def pack(live: LiveRouting) -> Tensor:
@@ -72,6 +73,7 @@ class ExpertHealth:
         loads = torch.stack(list(self.window)).sum(0)
         metrics = {"balance/max_vio/window": float(max_violation(loads[0]).mean())}
         metrics |= self._idle(loads[0], "", by_layer=True)
+        metrics |= self._silent()
         if self.window[-1][1].any():
             metrics["balance/max_vio/replayed"] = float(max_violation(self.window[-1][1]).mean())
             metrics["balance/max_vio/replayed_window"] = float(max_violation(loads[1]).mean())
@@ -105,6 +107,19 @@ class ExpertHealth:
         """A checkpoint's window back; None: it has none."""
         self.window.clear()
         self.window.extend([] if state is None else state.unbind())
+
+    def _silent(self) -> dict[str, float]:
+        """Experts without a token in each of the last SILENT_STEPS steps, over all layers and by layer."""
+        last = [step[0] for step in self.window][-SILENT_STEPS:]
+        if len(last) < SILENT_STEPS:
+            return {}
+        loads = torch.stack(last).sum(0)
+        found = {
+            f"experts/silent/layer_{router.layer}": float((loads[row, : router.num_experts] == 0).sum())
+            for row, router in enumerate(self.replay.routers)
+            if not router.is_table
+        }
+        return {"experts/silent": sum(found.values())} | found
 
     def _idle(self, loads_LE: Tensor, suffix: str, by_layer: bool = False) -> dict[str, float]:
         """Experts with little or no load. Choices that compute nothing are no experts, and a table cannot starve."""
