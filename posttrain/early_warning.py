@@ -222,16 +222,17 @@ class EarlyWarning:
         return found is not None and found.group(1) in self._places
 
     def _layer(self, where: str, metric: str) -> int | None:
-        """The layer of ``metric``, or that in which ``where`` has moved up most since the first steps."""
+        """The layer of ``metric``, or that in which ``where`` is furthest above the noise of its first steps."""
         if own := LAYER.fullmatch(metric):
             return int(own.group(2))
-        moved = {}
+        above = {}
         for name, series in self._series.items():
             found = LAYER.fullmatch(name)
             if found and found.group(1) == where and series.recent:
-                moved[int(found.group(2))] = median(series.recent) - median(series.first)
-        layer = max(moved, key=moved.__getitem__, default=None)
-        return layer if layer is not None and moved[layer] > 0 else None
+                limit = median(series.first) + SIGMAS * _sigma(series.first)
+                above[int(found.group(2))] = median(series.recent) - limit
+        layer = max(above, key=above.__getitem__, default=None)
+        return layer if layer is not None and above[layer] > 0 else None
 
     def _overfitting(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
         for name in (name for name in metrics if name.startswith("validation/loss/")):
