@@ -1,0 +1,43 @@
+"""Real training that is broken on purpose: every kind of trouble is named within 20 steps, nothing before it is there.
+
+`benchmarks/early_warning.py --quick`, as a user would run it; the full benchmark has two models and more seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.early_warning import BAR_STEPS, MOE_LAYER, PLANTS
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+REPO = Path(__file__).resolve().parents[2]
+BROKEN_LAYER = {
+    "router biased to two experts": MOE_LAYER + 1,  # the first layer is dense
+    "two experts without tokens": MOE_LAYER + 1,
+    "layer scaled to underflow": 1,
+}
+
+
+def test_every_kind_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.early_warning", "--planted", "--quick", "--seeds", "0"]
+    found = subprocess.run(
+        [*command, "--threads", "1", "--work", str(tmp_path)],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    lines = json.loads((tmp_path / "early_warning.json").read_text())["planted"]
+    assert [line["trouble"] for line in lines] == [plant.name for plant in PLANTS]
+    for line in lines:
+        assert line["named_after"] is not None and line["named_after"] <= BAR_STEPS, line
+        assert line["false_alarms"] == [], line
+        if line["trouble"] in BROKEN_LAYER:
+            assert line["alarm"]["layer"] == BROKEN_LAYER[line["trouble"]], line
