@@ -1,14 +1,17 @@
 """Does the early warning name what is wrong with a run, and is it silent where nothing is?
 
-    .venv/bin/python -m benchmarks.early_warning [--planted | --healthy] [--seeds 0 1 2] [--work DIR] [--json FILE]
+    .venv/bin/python -m benchmarks.early_warning [--planted | --healthy] [--seeds N ...] [--work DIR] [--json FILE]
     .venv/bin/python -m benchmarks.early_warning --planted --quick     # one model, little data, a shorter SFT before
 
 Planted: tiny MoE models (sigmoid router with a bias, softmax router) that SFT has made go on with healthy SFT; after
 `HEALTHY_STEPS` steps one thing is broken, in the weights or in the data. Which alarm names it first, after how many
 steps, in which layer, and when the validation loss would have shown it.
 
-Healthy: 20 runs with nothing broken, of many settings; every alarm is a false one. Seeds come from the commit that last
-changed the thresholds (`THRESHOLDS`), so that no run and no row of data can have been seen when they were set.
+Healthy: 20 runs with nothing broken, of many settings; every alarm is a false one.
+
+Seeds of both come from the commit that last changed what can sound (`THRESHOLDS`), so that no run and no row of data can
+have been seen when the thresholds were set. A working tree with changes is refused, unless seeds are given: then the
+file says so.
 
 Both go through the learner of the runs, in this process, and hear the alarms of a run (`posttrain.alarms.Alarms`).
 """
@@ -19,6 +22,7 @@ import argparse
 import json
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -43,14 +47,20 @@ from posttrain.records import TrainingSample
 
 FOLDER = Path("benchmarks") / "results"
 RESULTS = Path(__file__).parent / "results" / "early_warning.json"
-THRESHOLDS = ("posttrain/early_warning.py", "posttrain/alarms.py")
+THRESHOLDS = (
+    "posttrain/early_warning.py",
+    "posttrain/alarms.py",
+    "posttrain/learner/monitors",
+    "posttrain/learner/moe/balance.py",
+)
 FAMILIES = ("mimo_v2_flash", "qwen3_moe")
 HEALTHY_STEPS = 30  # before trouble is planted; 20 make the bands
 BAR_STEPS = 20  # in which trouble is to be named
 VALIDATE_EVERY = 2  # of planted trouble, so that it is known when the validation loss shows it
-NUM_HEALTHY = 20
+NUM_PLANTED, NUM_HEALTHY = 3, 20  # seeds
 HEALTHY_RUN_STEPS, HEALTHY_VALIDATE_EVERY = 150, 5
-MOE_LAYER = 1  # index of the MoE layer in which routers and experts are broken; the middle one of three
+MOE_LAYER = 1  # index of the MoE layer in which routers are broken; the middle one of three
+BROKEN_LAYER = MOE_LAYER + 1  # its global number: the first layer is dense
 NUM_DUPLICATED = 32  # rows that come again and again
 AT_AGE = 3  # steps after the planting at which single batches are bad
 
@@ -81,11 +91,12 @@ BASE = LearnerConfig(
 
 @dataclass(kw_only=True, frozen=True)
 class Plant:
-    """One kind of trouble. ``alarms`` are the names that say it rightly. ``weights`` breaks the model, once; ``data`` gives
-    the batches from then on: (steps since then, healthy batch, rows of the run) -> batch."""
+    """One kind of trouble. ``alarms`` are the names that say it rightly, ``layer`` the one that is broken. ``weights`` breaks
+    the model, once; ``data`` gives the batches from then on: (steps since then, healthy batch, rows of the run) -> batch."""
 
     name: str
     alarms: tuple[str, ...]
+    layer: int | None = None
     weights: Callable[[local.LocalLearner, Batch], None] | None = None
     data: Callable[[int, Batch, Batch], Batch] | None = None
 
@@ -157,7 +168,7 @@ PLANTS = (
     Plant(name="router biased to two experts", alarms=("imbalance", "dead_experts"), weights=two_experts),
     Plant(name="two experts without tokens", alarms=("dead_experts", "imbalance"), weights=shunned_experts),
     Plant(name="duplicated data", alarms=("overfitting",), data=duplicated),
-    Plant(name="layer scaled to underflow", alarms=("gradient_underflow",), weights=underflow),
+    Plant(name="layer scaled to underflow", alarms=("gradient_underflow",), layer=1, weights=underflow),
     Plant(name="NaN in one gradient", alarms=("nan",), weights=one_nan),
     Plant(name="one batch of noise", alarms=("loss_spike",), data=noise),
 )
@@ -207,7 +218,9 @@ class Bench:
     def tuned(self, family: str, data: Data, seed: int) -> Path:
         """The model that SFT on balanced data makes of a random one."""
         folder = self.work / f"seed{seed}"
-        model = folder / f"{family}-tuned"
+        model = (
+            folder / f"{family}-tuned-{self.size.pretrain_steps}-{code_revision(str(FOLDER)) or 'unknown'}"
+        )
         if model.exists():
             return model
         settings = replace(BASE, lr=3e-3, schedule=Schedule.cosine, min_lr_ratio=0.1, warmup_steps=20)
@@ -295,6 +308,7 @@ def judge(plant: Plant, heard: Heard) -> dict[str, Any]:
     return {
         "named_after": first[0] - HEALTHY_STEPS if first else None,
         "alarm": _alarm(*first) if first else None,
+        "right_layer": first is not None and plant.layer in (None, first[1].layer),
         "validation_after": validation_shows(heard.validation),
         "false_alarms": [_alarm(step, t) for step, t in early],
         "others": sorted({t.name for step, t in heard.alarms if step > HEALTHY_STEPS} - set(plant.alarms)),
@@ -332,10 +346,10 @@ def thresholds_commit() -> str:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def healthy_seeds(commit: str) -> list[int]:
+def unseen_seeds(commit: str, number: int) -> list[int]:
     """Seeds that nobody could know before ``commit``."""
-    first = int(commit[:8], 16)
-    return [first + i for i in range(NUM_HEALTHY)]
+    first = int(commit[:7], 16)
+    return [first + i for i in range(number)]
 
 
 # Report ---------------------------------------------------------------------------------------------------------
@@ -343,30 +357,34 @@ def healthy_seeds(commit: str) -> list[int]:
 
 def show(result: dict[str, Any]) -> None:
     """Both tables."""
-    lines = result.get("planted", [])
-    if lines:
-        print(
-            "\n| trouble | model | named after steps | by | validation loss shows it after | other alarms |\n"
-            + "|---" * 6
-            + "|"
-        )
+    if planted := result.get("planted"):
+        _show_planted(planted["lines"])
+        print(_origin(planted))
+    if healthy := result.get("healthy"):
+        noisy = [run for run in healthy["lines"] if run["alarms"]]
+        print(f"\n{len(noisy)} of {len(healthy['lines'])} healthy runs with an alarm")
+        for run in noisy:
+            print(json.dumps(run))
+        print(_origin(healthy))
+
+
+def _show_planted(lines: list[dict[str, Any]]) -> None:
+    header = [
+        "trouble",
+        "model",
+        "named after steps",
+        "by",
+        "right layer",
+        "validation loss shows it after",
+        "others",
+    ]
+    print("\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for name, family in dict.fromkeys((line["trouble"], line["family"]) for line in lines):
         own = [line for line in lines if (line["trouble"], line["family"]) == (name, family)]
         print("| " + " | ".join([name, family, *_cells(own)]) + " |")
-    if lines:
-        late = [line for line in lines if line["named_after"] is None or line["named_after"] > BAR_STEPS]
-        false = sum(bool(line["false_alarms"]) for line in lines)
-        print(
-            f"{len(lines) - len(late)} of {len(lines)} named within {BAR_STEPS} steps; alarms before the planting: {false}"
-        )
-    runs = result.get("healthy", [])
-    if runs:
-        noisy = [run for run in runs if run["alarms"]]
-        print(
-            f"\n{len(noisy)} of {len(runs)} healthy runs with an alarm (thresholds of {result['thresholds'][:7]})"
-        )
-        for run in noisy:
-            print(json.dumps(run))
+    in_time = [line for line in lines if line["named_after"] is not None and line["named_after"] <= BAR_STEPS]
+    placed = [line for line in lines if line["right_layer"]]
+    print(f"{len(in_time)} of {len(lines)} named within {BAR_STEPS} steps, {len(placed)} in the right layer")
 
 
 def _cells(lines: list[dict[str, Any]]) -> list[str]:
@@ -375,21 +393,31 @@ def _cells(lines: list[dict[str, Any]]) -> list[str]:
 
     metrics = sorted({line["alarm"]["metric"] for line in lines if line["alarm"]})
     others = sorted({name for line in lines for name in line["others"]})
-    return [steps("named_after"), ", ".join(metrics), steps("validation_after"), ", ".join(others) or "-"]
+    placed = f"{sum(line['right_layer'] for line in lines)}/{len(lines)}"
+    return [
+        steps("named_after"),
+        ", ".join(metrics),
+        placed,
+        steps("validation_after"),
+        ", ".join(others) or "-",
+    ]
 
 
-def main() -> None:
+def _origin(part: dict[str, Any]) -> str:
+    seeds = "given seeds" if part["are_seeds_given"] else "seeds from that commit"
+    return f"thresholds of {part['thresholds'][:7]}, {seeds}, {part['date'][:10]}, {part['wall_s']} s"
+
+
+# Command --------------------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--planted", action="store_true", help="only planted trouble")
     parser.add_argument("--healthy", action="store_true", help="only healthy runs")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of planted trouble (default: 0 1 2)"
-    )
-    parser.add_argument(
-        "--healthy-seeds", type=int, nargs="+", help="default: from the commit of the thresholds"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: from the commit of the thresholds")
     parser.add_argument(
         "--work", type=Path, help="folder of data and models (default: runs/benchmark-early-warning)"
     )
@@ -401,29 +429,41 @@ def main() -> None:
     args = parser.parse_args()
     args.work = args.work or Path("runs") / ("benchmark-early-warning" + "-quick" * args.quick)
     args.json = args.json or (args.work / "early_warning.json" if args.quick else RESULTS)
-    families = FAMILIES[:1] if args.quick else FAMILIES
-    both, commit = args.planted == args.healthy, thresholds_commit()
-    result: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
-    bench, begin = Bench(args.work, QUICK if args.quick else FULL, args.threads), time.perf_counter()
+    return args
 
-    def write(part: str, lines: list[dict[str, Any]]) -> None:
-        result[part] = lines
-        result[f"{part}_by"] = {
+
+def main() -> None:
+    args = arguments()
+    if not args.seeds and (code_revision(str(FOLDER)) or "-dirty").endswith("-dirty"):
+        sys.exit(
+            "files differ from the commit that seeds would come from: commit or stash them, or give --seeds"
+        )
+    commit, both = thresholds_commit(), args.planted == args.healthy
+    seeds = args.seeds or unseen_seeds(commit, NUM_PLANTED + NUM_HEALTHY)
+    bench = Bench(args.work, QUICK if args.quick else FULL, args.threads)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {}
+    if args.planted or both:
+        families = FAMILIES[:1] if args.quick else FAMILIES
+        chosen = args.seeds or seeds[:NUM_PLANTED]
+        cells = [(plant, family, seed) for plant in PLANTS for family in families for seed in chosen]
+        parts["planted"] = lambda: [_said(bench.planted(*cell)) for cell in cells]
+    if args.healthy or both:
+        runs = enumerate(args.seeds or seeds[NUM_PLANTED:])
+        parts["healthy"] = lambda: [_said(bench.healthy(number, seed)) for number, seed in runs]
+    for name, measure in parts.items():
+        begin = time.perf_counter()
+        part = {
+            "lines": measure(),
+            "thresholds": commit,
+            "are_seeds_given": bool(args.seeds),
             "commit": code_revision(str(FOLDER)),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "wall_s": round(time.perf_counter() - begin),
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-    if args.planted or both:
-        cells = [(plant, family, seed) for plant in PLANTS for family in families for seed in args.seeds]
-        write("planted", [_said(bench.planted(*cell)) for cell in cells])
-    if args.healthy or both:
-        result["thresholds"] = commit
-        seeds = args.healthy_seeds or healthy_seeds(commit)
-        write("healthy", [_said(bench.healthy(number, seed)) for number, seed in enumerate(seeds)])
-    show(result)
+        result = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(result | {name: part}, indent=1) + "\n")
+    show(json.loads(args.json.read_text()))
 
 
 def _said(line: dict[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,8 @@ ZERO_CLASSES = "attention|norm|router|head|shared_expert|other"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watch:
     """Metrics whose whole name matches ``pattern`` should not leave their learned band on ``side``, which is wider than
-    their median by ``sigmas``, by ``relative`` times the median, or by ``absolute``, whichever is most. ``<where>/layer_<n>``
-    are metrics that show in which layer."""
+    their median by ``sigmas``, by ``relative`` times the median, by ``roots`` times its square root (the noise of a count), or
+    by ``absolute``, whichever is most. ``<where>/layer_<n>`` are metrics that show in which layer."""
 
     name: str
     pattern: str
@@ -44,6 +44,7 @@ class Watch:
     relative: float = 0.0
     absolute: float = 0.0
     sigmas: float = SIGMAS
+    roots: float = 0.0
     where: str = ""
     hint: str
 
@@ -92,19 +93,21 @@ WATCHES = (
     ),
     Watch(
         name="dead_experts",
-        pattern=r"experts/(silent|dying)(/.*)?",
+        pattern=r"experts/silent(/.*)?",
         side="above",
         relative=0.5,
         absolute=0.5,  # one expert more
         where="experts/silent",
-        hint=f"experts get no tokens any more; {BALANCE} the routing; a small batch looks the same",
+        hint=f"experts get no tokens any more; {BALANCE} the routing",
     ),
     Watch(
         name="dead_experts",
-        pattern=r"experts/starving(/.*)?",
+        # Over all layers: with a hundred experts in each, some layer always has a few more than before.
+        pattern=r"experts/starving(/replayed)?",
         side="above",
         relative=0.5,
         absolute=1.5,  # two more: one may come and go at the limit of what counts as starving
+        roots=3.0,
         where="experts/starving",
         hint=f"experts get hardly any tokens; {BALANCE} the routing; a small batch looks the same",
     ),
@@ -123,7 +126,7 @@ WATCHES = (
         side="above",
         relative=0.5,
         absolute=0.01,  # of all elements
-        where="num_zeros",
+        where="num_zeros/not_experts",
         hint="(share of all elements) gradients outside of the experts vanish; try learner.dtype=float32, and see whether"
         " rewards or teacher gaps are all equal",
     ),
@@ -263,7 +266,8 @@ class EarlyWarning:
 def _outside(watch: Watch, metric: str, series: _Series) -> Trouble | None:
     middle = median(series.first)
     now = max(series.recent) if watch.side == "below" else min(series.recent)
-    width = max(watch.sigmas * _sigma(series.first), watch.relative * abs(middle), watch.absolute)
+    noise = max(watch.sigmas * _sigma(series.first), watch.roots * math.sqrt(abs(middle)))
+    width = max(noise, watch.relative * abs(middle), watch.absolute)
     low = middle - width if watch.side == "below" else -math.inf
     high = middle + width if watch.side == "above" else math.inf
     if low <= now <= high:

@@ -173,6 +173,52 @@ def test_healthy_runs_are_silent(seed: int) -> None:
     assert heard(healthy(seed)) == []
 
 
+def loads(
+    seed: int, layers: int, experts: int, assignments: int, spread: float, num_steps: int
+) -> list[Step]:
+    """Numbers of loads that do not drift: popularity of the experts log-normal with ``spread``, batches that differ."""
+    rng = np.random.default_rng(seed)
+    popularity, history, steps = rng.lognormal(0, spread, (layers, experts)), [], []
+    for _ in range(num_steps):
+        chance = popularity * rng.lognormal(0, 0.3, (layers, experts))
+        load = rng.multinomial(assignments, chance / chance.sum(1, keepdims=True))
+        history = [*history, load][-20:]
+        window = np.sum(history, 0)
+        vio = load.max(1) / load.mean(1) - 1
+        step: Step = {
+            "balance/max_vio": float(vio.mean()),
+            "balance/max_vio/window": float((window.max(1) / window.mean(1) - 1).mean()),
+            "experts/starving": float((window < 0.1 * window.mean(1, keepdims=True)).sum()),
+        }
+        step |= {f"balance/max_vio/layer_{layer}": float(v) for layer, v in enumerate(vio)}
+        if len(history) > 5:
+            silent = (np.sum(history[-5:], 0) == 0) & (np.mean(history[:-5], 0) >= 4)
+            step |= {f"experts/silent/layer_{layer}": float(n) for layer, n in enumerate(silent.sum(1))}
+            step["experts/silent"] = float(silent.sum())
+        steps.append(step)
+    return steps
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize(
+    ("layers", "experts", "assignments"),
+    [(48, 128, 65_536), (48, 128, 16_384), (26, 64, 65_536), (3, 8, 4_000)],
+)
+def test_loads_of_many_experts_that_do_not_drift_are_silent(
+    layers: int, experts: int, assignments: int, spread: float
+) -> None:
+    for seed in range(3):
+        assert heard(loads(seed, layers, experts, assignments, spread, 100)) == []
+
+
+def test_one_dead_expert_among_thousands_is_named_with_its_layer() -> None:
+    steps = loads(0, 48, 128, 65_536, 1.0, 60)
+    for step in steps[45:]:
+        step["experts/silent"] = step["experts/silent/layer_30"] = 1.0
+    ((at, trouble),) = heard(steps)
+    assert (at, trouble.name, trouble.layer) == (49, "dead_experts", 30)
+
+
 def test_validation_that_rises_while_training_does_not_fall_is_no_overfitting() -> None:
     steps = healthy(2)  # flat
     for i, step in enumerate(steps):
@@ -195,7 +241,8 @@ def test_the_layer_is_named() -> None:
 def test_a_number_of_all_layers_names_the_one_that_moved_most() -> None:
     def step(total: float, third: float) -> Step:
         return {"num_zeros/total": total * N, "num_zeros/share": total, "num_zeros/attention": total * N} | {
-            f"num_zeros/layer_{layer}": third * N if layer == 3 else 0.001 * N * layer for layer in range(6)
+            f"num_zeros/not_experts/layer_{layer}": third * N if layer == 3 else 0.001 * N * layer
+            for layer in range(6)
         }
 
     steps = [*[step(0.0, 0.001)] * 40, *[step(0.1, 0.1)] * 5]

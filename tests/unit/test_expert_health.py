@@ -147,6 +147,23 @@ def test_starving_and_dying_over_the_window() -> None:
     assert resumed.load() == row and step(resumed, uneven) == step(health, uneven)
 
 
+def test_an_expert_that_had_tokens_and_has_none_for_five_steps_fell_silent() -> None:
+    model, replay = attach("qwen3_moe")
+    health = ExpertHealth(replay, NumZeros(model), window=12)
+    layers = replay.num_layers
+    busy = torch.tensor([9.0, 9, 9, 9, 9, 9, 3, 0])  # the last two are too rare to fall silent
+    quiet = torch.tensor([9.0, 9, 9, 9, 9, 0, 0, 0])
+    for _ in range(3):
+        assert "experts/silent" not in step(health, busy)
+    found = [step(health, quiet).get("experts/silent") for _ in range(7)]
+    assert found == [None, None, 0, 0, layers, layers, layers], (
+        "five steps without tokens, from the eighth on"
+    )
+    row = step(health, busy)
+    assert row["experts/silent"] == 0 and undocumented(row) == set()
+    assert [row[f"experts/silent/layer_{layer}"] for layer in replay.layers] == [0] * layers
+
+
 def test_updates_of_a_step_are_one_entry_and_a_failed_attempt_none() -> None:
     model, replay = attach("qwen3_moe")
     health = ExpertHealth(replay, NumZeros(model), window=3)

@@ -102,6 +102,8 @@ def test_planted_zeros_are_counted_exactly() -> None:
     assert got["num_zeros/dead_experts"] == 1
     assert got["num_zeros/total"] == planted + 3 * 32
     assert [got[f"num_zeros/layer_{layer}"] for layer in (0, 1, 2)] == [0, planted, 0]
+    experts = got["num_zeros/routed_expert"]
+    assert [got[f"num_zeros/not_experts/layer_{layer}"] for layer in (0, 1, 2)] == [0, planted - experts, 0]
     assert [got[f"num_zeros/dead_experts/layer_{layer}"] for layer in (1, 2)] == [1, 0]
     assert undocumented(got) == set()
     assert got["num_zeros/share"] == got["num_zeros/total"] / sum(p.numel() for p in model.parameters())

@@ -21,6 +21,7 @@ from posttrain.learner.monitors.num_zeros import NumZeros, add_by_expert
 
 STARVING_SHARE = 0.1  # of the mean load
 SILENT_STEPS = 5  # in a row: a batch without tokens for an expert is an accident, five are not
+LEAST_TOKENS = 4.0  # a step; an expert with fewer has no token in five steps every now and then
 
 
 def pack(live: LiveRouting) -> Tensor:
@@ -109,13 +110,15 @@ class ExpertHealth:
         self.window.extend([] if state is None else state.unbind())
 
     def _silent(self) -> dict[str, float]:
-        """Experts without a token in each of the last SILENT_STEPS steps, over all layers and by layer."""
-        last = [step[0] for step in self.window][-SILENT_STEPS:]
-        if len(last) < SILENT_STEPS:
+        """Experts that fell silent, over all layers and by layer: no token in the last SILENT_STEPS steps, and
+        LEAST_TOKENS or more a step in those of the window before. An expert that never had any is not among them."""
+        steps = [step[0] for step in self.window]
+        if len(steps) <= SILENT_STEPS:
             return {}
-        loads = torch.stack(last).sum(0)
+        before = torch.stack(steps[:-SILENT_STEPS]).mean(0)
+        silent = (torch.stack(steps[-SILENT_STEPS:]).sum(0) == 0) & (before >= LEAST_TOKENS)
         found = {
-            f"experts/silent/layer_{router.layer}": float((loads[row, : router.num_experts] == 0).sum())
+            f"experts/silent/layer_{router.layer}": float(silent[row, : router.num_experts].sum())
             for row, router in enumerate(self.replay.routers)
             if not router.is_table
         }

@@ -65,7 +65,7 @@ class NumZeros:
     @torch.no_grad()
     def count(self) -> dict[str, float]:
         """``num_zeros/total``, ``num_zeros/<class>`` for classes that the model has, ``num_zeros/layer_<n>`` of each
-        decoder layer, ``num_zeros/share`` (of all trainable elements) and, for MoE models, ``num_zeros/dead_experts``:
+        decoder layer, ``num_zeros/not_experts/layer_<n>`` of it without routed experts, ``num_zeros/share`` (of all trainable elements) and, for MoE models, ``num_zeros/dead_experts``:
         routed experts, over all layers and by layer, whose whole gradient is 0. Collective."""
         finish_offload(self._engine)
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -88,16 +88,20 @@ class NumZeros:
     def _metrics(self, nonzeros: list[int], experts: Tensor) -> dict[str, float]:
         """``nonzeros`` by slot, 0 for routed experts, which are in ``experts`` [MoE layer, row]."""
         classes, layers = Counter(self.sizes), Counter(self.layer_sizes)
+        rest = Counter[int]()  # by layer, without routed experts
         for slot, number in zip(self.slots, nonzeros, strict=True):
             classes[slot.module_class] -= number
             layers[slot.decoder_layer] -= number
+            if slot.module_class != "routed_expert":
+                rest[slot.decoder_layer] += _numel(slot.parameter) - number
         for layer, number in zip(self.moe_layers, experts.sum(1).tolist(), strict=True):
             classes["routed_expert"] -= number
             layers[layer] -= number
         total = sum(classes.values())
         metrics = {"num_zeros/total": float(total), "num_zeros/share": total / sum(self.sizes.values())}
         metrics |= {f"num_zeros/{name}": float(classes[name]) for name in CLASSES if self.sizes[name]}
-        metrics |= {f"num_zeros/layer_{layer}": float(n) for layer, n in sorted(layers.items()) if layer >= 0}
+        for name, zeros in (("num_zeros", layers), ("num_zeros/not_experts", rest)):
+            metrics |= {f"{name}/layer_{layer}": float(n) for layer, n in sorted(zeros.items()) if layer >= 0}
         return metrics | self._dead_experts(experts[:, : self.num_experts])
 
     def _dead_experts(self, experts: Tensor) -> dict[str, float]:
