@@ -22,7 +22,7 @@ from posttrain.config import (
     SFTRun,
     TeacherBackend,
 )
-from posttrain.gpus import gpus_of, num_gpus, teacher_processes
+from posttrain.gpus import gpus_of, learners_of, num_gpus, teacher_processes
 from posttrain.run_folder import plain
 from posttrain.validate import Report
 from teachers.gates import GateRow, Verdict
@@ -47,7 +47,8 @@ def processes(cfg: RunConfig, num_parameters: int | None) -> list[Processes]:
     found: list[Processes] = []
     if learner := _learner(cfg):
         cores = learner.cores_per_rank or max(1, (os.cpu_count() or 1) // learner.num_ranks)
-        # weights, gradients, and AdamW's two moments with the master weights in float32; adapters are too small to count
+        # weights, gradients, and AdamW's two moments with the master weights in float32; the factors of adapters, a percent
+        # or so, are left out
         each = 2 * BYTES[learner.dtype] + (8 if learner.dtype is Dtype.float32 else 12)
         each = each if learner.lora.rank == 0 else BYTES[learner.dtype]
         copies = 1 if learner.zero_stage == 3 else learner.num_ranks
@@ -84,7 +85,25 @@ def process_table(cfg: RunConfig, num_parameters: int | None, title: str) -> Tab
     for row in processes(cfg, num_parameters):
         memory = "?" if row.gib is None else f"{row.gib:.2f}"
         table.add_row(row.name, str(row.count), str(row.cores), f"{row.gpus:g}", memory)
+    learner = _learner(cfg)
+    if learner is not None and learner.lora.target_parameters:
+        table.caption_justify = "left"
+        table.caption = (
+            "not in it: of the weights in learner.lora.target_parameters another whole copy, on every rank, from forward to"
+            " backward; learner.gradient_checkpointing=true keeps the copies of one layer at a time"
+        )
     return table
+
+
+def closing_line(command: str, cfg: RunConfig) -> str:
+    """The last line of a dry run, with what only the learner can check."""
+    learners = [learner for _, learner in learners_of(cfg)]
+    left = [
+        *(["the targets of learner.lora"] if any(learner.lora.rank for learner in learners) else []),
+        *(["the options in learner.deepspeed"] if any(learner.deepspeed for learner in learners) else []),
+    ]
+    but = f" but {' and '.join(left)}, which the learner checks as it loads" if left else ""
+    return f"dry run of `posttrain {command}`: everything checked{but}; nothing started"
 
 
 def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
@@ -118,7 +137,7 @@ def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
         console.print(f"note      {note}", soft_wrap=True, highlight=False)
     if processes(cfg, None):
         console.print(process_table(cfg, model.num_parameters, "would start"))
-    console.print(f"dry run of `posttrain {command}`: everything checked, nothing started", highlight=False)
+    console.print(closing_line(command, cfg), soft_wrap=True, highlight=False)
 
 
 def _gates(rows: list[GateRow]) -> list[str]:

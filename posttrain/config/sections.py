@@ -222,7 +222,8 @@ class LearnerConfig:
     """Tokens whose logits exist at once; bounds the memory of the vocabulary softmax. Liger's kernel chooses its own."""
     fused_loss: FusedLoss = FusedLoss.off
     """liger: the fused kernel of `liger-kernel` computes the logprobs of sampled and learned tokens, for an LM head without
-    bias; GPUs only, not measured on one yet. off: our own chunks."""
+    bias; GPUs only, not measured on one yet; not with zero_stage=3, which takes the head away before the kernel's backward.
+    off: our own chunks."""
     cores_per_rank: int | None = None
     """Torch threads of a rank (CPU only); null: all cores divided by the number of ranks."""
     num_gpus_per_rank: float | None = None
@@ -249,6 +250,12 @@ class LearnerConfig:
             1, "learner", self, "max_tokens_per_micro_batch", "logprob_chunk_tokens", "cores_per_rank"
         )
         require_at_least(1, "learner", self, "expert_window")
+        require(
+            self.fused_loss is FusedLoss.off or self.zero_stage != 3,
+            "learner.fused_loss",
+            self.fused_loss.value,
+            "learner.zero_stage=3 takes the LM head away before the kernel's backward; use off, or a lower stage",
+        )
         require_at_least(0, "learner", self, "warmup_steps", "weight_decay", "grad_clip", "pack_tokens")
         require_at_least(0, "learner", self, "expert_bias_rate", "aux_loss_coef")
         require_above(0, "learner", self, "eps", "max_route_distance")

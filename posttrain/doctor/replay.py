@@ -31,7 +31,7 @@ from posttrain.doctor import replay_checks as checks
 from posttrain.doctor import replay_samples as samples
 from posttrain.doctor.findings import Finding, findings_table, print_ways_out
 from posttrain.gpus import check_gpus, num_gpus
-from posttrain.plan import process_table
+from posttrain.plan import closing_line, process_table
 from posttrain.records import LossSettings, Prompt, Rollout, SampleRef, TrainingSample
 from posttrain.validate import ModelReport, check_context, check_model
 
@@ -61,7 +61,7 @@ def run(cfg: RunConfig) -> int:
     prompts = samples.make_prompts(cfg, tokenizer, rollout_config)
     if cfg.dry_run:
         console.print(process_table(as_run, model.num_parameters, "would start"))
-        print("dry run of `posttrain doctor replay`: everything checked, nothing started")
+        print(closing_line("doctor replay", as_run))
         return 0
     console.print(
         f"starting an engine ({rollout_config.dtype.value}) and a learner ({learner_config.dtype.value}) ...",

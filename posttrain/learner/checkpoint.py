@@ -18,6 +18,7 @@ from torch import nn
 
 from posttrain.config import LearnerConfig, LoraConfig, UserError
 from posttrain.learner.metrics import agree
+from posttrain.learner.monitors.gradients import weight_fragment
 from posttrain.learner.optimizer import set_adamw
 
 TAG = "state"
@@ -26,14 +27,13 @@ LORA_KEYS = tuple(field.name for field in fields(LoraConfig))  # rank first
 
 
 def frozen_digest(module: nn.Module) -> str:
-    """sha256 (hex) over the frozen parameters as the ranks hold them, each rank reading its share once. A collective."""
+    """sha256 (hex) over the frozen parameters as the ranks hold them, each rank reading its share once, without ZeRO-3's
+    padding, which is whatever lay in that memory. A collective."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters(), key=lambda pair: pair[0]):
         if not parameter.requires_grad:
-            held = getattr(parameter, "ds_tensor", None)
-            whole = parameter.detach().reshape(-1)
-            own = whole.tensor_split(num_ranks)[rank] if held is None else held.detach()
+            _, own = weight_fragment(parameter, rank, num_ranks)
             digest.update(name.encode())
             digest.update(own.cpu().contiguous().view(torch.uint8).numpy())
     digests: list[str] = [""] * num_ranks

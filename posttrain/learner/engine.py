@@ -16,10 +16,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from posttrain.config import Dtype, LearnerConfig, check_deepspeed
+from posttrain.config import Dtype, LearnerConfig, UserError, check_deepspeed
 from posttrain.learner.monitors.gradients import clear_partitions, finish_offload, offloads
 from posttrain.learner.optimizer import build_optimizer
 from posttrain.learner.policy import num_parameters
@@ -39,9 +41,24 @@ def init_distributed(backend: str, store: dist.Store, rank: int, num_ranks: int)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
+def check_options(learner: LearnerConfig) -> None:
+    """`check_deepspeed`, and what DeepSpeed itself refuses of its ZeRO options, in one line."""
+    check_deepspeed(learner)
+    options = copy.deepcopy(learner.deepspeed.get("zero_optimization") or {})
+    prefix = "learner.deepspeed.zero_optimization"
+    try:  # the names are DeepSpeed's
+        DeepSpeedZeroConfig(**{str(name): value for name, value in options.items()}, stage=learner.zero_stage)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join((prefix, *map(str, first["loc"])))
+        unknown = "DeepSpeed has no such option; correct the name, or remove the key"
+        way_out = unknown if first["type"] == "extra_forbidden" else " ".join(first["msg"].split())
+        raise UserError(f"{key}={first['input']!r}: {way_out}") from error
+
+
 def deepspeed_config(learner: LearnerConfig, num_elements: int) -> dict[str, Any]:
     """What `deepspeed.initialize` gets: ours, with the user's ``learner.deepspeed`` block laid over it."""
-    check_deepspeed(learner)
+    check_options(learner)
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -59,7 +76,7 @@ def deepspeed_config(learner: LearnerConfig, num_elements: int) -> dict[str, Any
         own["bf16"] = {"enabled": True}
         own["data_types"] = {"grad_accum_dtype": "fp32"}
     user = copy.deepcopy(learner.deepspeed)
-    own["zero_optimization"].update(user.pop("zero_optimization", {}))
+    own["zero_optimization"].update(user.pop("zero_optimization", None) or {})
     return own | user
 
 

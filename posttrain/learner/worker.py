@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from posttrain.config import Dtype, FusedLoss, LearnerConfig, ModelConfig, Replay, UserError, check_deepspeed
+from posttrain.config import Dtype, FusedLoss, LearnerConfig, ModelConfig, Replay, UserError
 from posttrain.learner import checkpoint, engine, export, fused, lora, losses, model
 from posttrain.learner.batching import MicroBatch, MicroBatchRows, RankBatch, collate
 from posttrain.learner.errors import RecordError
@@ -102,9 +102,8 @@ class LearnerWorker:
             error = raised
         agree(error)
         self.engine = engine.build(self.policy, learner)
-        # Weights that never move need not be in every checkpoint. The bias, which moves, may count among the frozen ones.
-        keeps_base = learner.lora.rank > 0 and self.bias_rate == 0
-        self.base = checkpoint.frozen_digest(self.policy) if keeps_base else None
+        # Weights that never move need not be in every checkpoint. The expert bias, which may move, is a buffer.
+        self.base = checkpoint.frozen_digest(self.policy) if learner.lora.rank > 0 else None
         self.num_zeros = NumZeros(self.engine)
         self.health = None
         if self.replay is not None:
@@ -115,7 +114,7 @@ class LearnerWorker:
 
     def _load_model(self) -> None:
         torch.manual_seed(self.seed + self.rank)
-        check_deepspeed(self.learner)
+        engine.check_options(self.learner)
         self.source = model.resolve(self.model_config)
         loaded = model.load(self.model_config, self.source, TORCH_DTYPES[self.learner.dtype])
         if self.learner.pack_tokens > 0:

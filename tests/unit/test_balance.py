@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from posttrain.config import LearnerConfig, UserError
 from posttrain.learner.batching import collate
 from posttrain.learner.moe.balance import (
+    DEFAULT_BIAS_RATE,
     freeze_routers,
     max_violation,
     require_expert_bias,
@@ -20,6 +22,7 @@ from posttrain.learner.moe.balance import (
     update_expert_bias,
 )
 from posttrain.learner.moe.replay import LiveRouting, RouterReplay
+from posttrain.learner.moe.routers import BIAS_NAME
 from posttrain.learner.worker import LearnerWorker
 from posttrain.records import LossSettings, TrainingSample
 from tests.unit.moe_families import FAMILIES, NUM_EXPERTS, TOP_K
@@ -60,6 +63,19 @@ def test_bias_moves_towards_the_idle_experts(name: str) -> None:
         bias = router.correction_bias()
         assert bias is not None
         torch.testing.assert_close(bias.flatten(), old + step, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "ernie4_5_moe", "laguna"])  # parameters, which train once loaded
+def test_a_loaded_bias_is_no_parameter(name: str, tmp_path: Path) -> None:
+    built = FAMILIES[name].build()
+    built.save_pretrained(tmp_path)
+    model = type(built).from_pretrained(tmp_path)
+    assert any(BIAS_NAME.search(n) and p.requires_grad for n, p in model.named_parameters())
+    replay = RouterReplay.attach(model)
+    assert resolve_bias_rate(replay, None, frozen=False) == DEFAULT_BIAS_RATE
+    assert not any(BIAS_NAME.search(n) for n, _ in model.named_parameters())
+    state, expected = model.state_dict(), built.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[n], expected[n]) for n in state)
 
 
 def test_a_small_rate_is_not_lost_in_a_bfloat16_model() -> None:

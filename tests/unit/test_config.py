@@ -137,6 +137,11 @@ def test_later_wins_and_an_entry_can_be_removed():
         ("rl", "model.path=a(1)", "model.path=a(1): cannot be read; quote the value"),
         ("pipeline", "experiment=tny", "experiment=tny: no such option; did you mean tiny?"),
         ("rl", "learner.zero_stage=4", "learner.zero_stage=4: choose 0, 1, 2 or 3"),
+        (
+            "rl",
+            "learner={fused_loss: liger, zero_stage: 3}",
+            "learner.fused_loss='liger': learner.zero_stage=3 takes",
+        ),
         ("rl", "rollout.temperature=0.7", "rollout.temperature=0.7: training rollouts"),
         ("rl", "algorithm.group_size=1", "algorithm.group_size=1: an outcome advantage"),
         ("rl", "learner.deepspeed.bf16.enabled=true", "learner.deepspeed.bf16="),

@@ -366,7 +366,7 @@ def test_experts_under_a_name_of_their_own_are_not_taken_for_dense(dense, moe):
 def test_dry_run_starts_nothing(moe, capsys):
     assert main(["doctor", "replay", f"model.path={moe}", "dry_run=true"]) == 0
     out = capsys.readouterr().out
-    assert "everything checked, nothing started" in out and "rollout" in out
+    assert "everything checked; nothing started" in out and "rollout" in out
     assert not ray.is_initialized()
 
 

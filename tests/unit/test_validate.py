@@ -105,6 +105,23 @@ def test_processes_of_each_run(world):
     assert names["eval"] == names["sample"] == ["rollout", "rewards"]
 
 
+def test_a_dry_run_says_what_it_cannot_check(world, capsys):
+    def shown(command: str, *overrides: str) -> str:
+        cfg = config(world, command, *overrides)
+        print_plan(command, cfg, validate(cfg))
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "everything checked; nothing started" in shown("sft")
+    plain = shown("sft", "learner.lora.rank=2")
+    assert "everything checked but the targets of learner.lora, which the learner checks" in plain
+    assert "another whole copy" not in plain
+    experts = shown("sft", "learner.lora.rank=2", "learner.lora.target_parameters=[experts.down_proj]")
+    assert "not in it: of the weights in learner.lora.target_parameters another whole copy" in experts
+    options = ("learner.zero_stage=2", "learner.deepspeed.zero_optimization.overlap_comm=false")
+    assert "but the options in learner.deepspeed, which the learner checks" in shown("sft", *options)
+    assert "but the targets of learner.lora" in shown("pipeline", "rl.learner.lora.rank=2")
+
+
 def test_rl_of_one_domain(world):
     assert validate(config(world, "rl", "domain=math")).num_prompts == {"math": 2}
     assert "domain='law'" in refusal(world, "rl", "domain=law")

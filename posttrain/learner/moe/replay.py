@@ -82,8 +82,8 @@ class RouterReplay:
 
     @classmethod
     def attach(cls, model: nn.Module) -> RouterReplay | None:
-        """Wraps every router of a Transformers causal LM; None for a dense model. Call it once, before the model
-        meets DeepSpeed. Raises `UserError` for a family that cannot be replayed exactly."""
+        """Wraps every router of a Transformers causal LM; None for a dense model. Expert biases become buffers. Call it
+        once, before the model meets DeepSpeed. Raises `UserError` for a family that cannot be replayed exactly."""
         routers = finding.find(model)
         if not routers:
             return None
@@ -92,6 +92,7 @@ class RouterReplay:
         )
         measured: dict[tuple[type, type], Router] = {}
         for router in routers:
+            router.take_bias_out()
             kind = (type(router.block), type(router.module))
             if kind not in measured:
                 probe(router, model)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,17 +91,23 @@ class Router:
 
     def correction_bias(self) -> Tensor | None:
         """The bias [E] that takes part in the selection only and gets no gradient, or None."""
+        return next((getattr(module, name) for module, name in self._biases()), None)
+
+    def take_bias_out(self) -> None:
+        """Makes a buffer of a correction bias that is a parameter. `from_pretrained` lets such a parameter train, though the
+        loss says nothing about it, and ZeRO-3 would part it among the ranks."""
+        for module, name in list(self._biases()):
+            if isinstance(bias := getattr(module, name), nn.Parameter):
+                delattr(module, name)
+                module.register_buffer(name, bias.detach())
+
+    def _biases(self) -> Iterator[tuple[nn.Module, str]]:
+        """(owner, name) of every correction bias."""
         for owner in (self.module, self.block):
             for prefix, module in owner.named_modules():
-                if "experts" in prefix.split("."):
-                    continue
-                for name, tensor in [
-                    *module.named_buffers(recurse=False),
-                    *module.named_parameters(recurse=False),
-                ]:
-                    if BIAS_NAME.search(name) and not tensor.requires_grad:
-                        return tensor
-        return None
+                if "experts" not in prefix.split("."):
+                    own = module.named_buffers(recurse=False), module.named_parameters(recurse=False)
+                    yield from ((module, name) for name, _ in chain(*own) if BIAS_NAME.search(name))
 
 
 @dataclass(kw_only=True, slots=True)
