@@ -74,7 +74,7 @@ class Size:
     watched_steps: int  # after trouble was planted
 
 
-FULL = Size(num_sft=48_000, pretrain_steps=150, watched_steps=40)
+FULL = Size(num_sft=48_000, pretrain_steps=150, watched_steps=BAR_STEPS)
 QUICK = Size(num_sft=8_000, pretrain_steps=80, watched_steps=BAR_STEPS)
 
 Batch = list[TrainingSample]
@@ -214,6 +214,13 @@ class Bench:
     def __init__(self, work: Path, size: Size, num_threads: int) -> None:
         self.work, self.size = work, size
         self.learner = local.LocalLearner(num_threads)
+        self._data: dict[int, Data] = {}  # of the last seed
+
+    def data(self, seed: int) -> Data:
+        """Data of ``seed``, and its random models."""
+        if seed not in self._data:
+            self._data = {seed: make_data(self.work / f"seed{seed}", self.size.num_sft, seed)}
+        return self._data[seed]
 
     def tuned(self, family: str, data: Data, seed: int) -> Path:
         """The model that SFT on balanced data makes of a random one."""
@@ -259,7 +266,7 @@ class Bench:
 
     def planted(self, plant: Plant, family: str, seed: int) -> dict[str, Any]:
         """One line of the table of planted trouble."""
-        data = make_data(self.work / f"seed{seed}", self.size.num_sft, seed)
+        data = self.data(seed)
         model, num_steps = self.tuned(family, data, seed), HEALTHY_STEPS + self.size.watched_steps
         self.learner.reset(BASE, model, num_steps, seed)
         name = f"{plant.name}-{family}-{seed}".replace(" ", "_")
@@ -281,8 +288,7 @@ class Bench:
             expert_bias_rate=rng.choice([1e-4, 1e-3]) if family == FAMILIES[0] else None,
         )
         size, weights = rng.choice([32, 64, 96]), [rng.uniform(0.5, 2.0) for _ in DOMAINS]
-        folder = self.work / f"seed{seed}"
-        data = make_data(folder, self.size.num_sft, seed)
+        folder, data = self.work / f"seed{seed}", self.data(seed)
         model = self.tuned(family, data, seed) if is_tuned else folder / family
         self.learner.reset(settings, model, HEALTHY_RUN_STEPS, seed)
         feed = batches(data.tune, size, weights, seed)
@@ -445,7 +451,7 @@ def main() -> None:
     if args.planted or both:
         families = FAMILIES[:1] if args.quick else FAMILIES
         chosen = args.seeds or seeds[:NUM_PLANTED]
-        cells = [(plant, family, seed) for plant in PLANTS for family in families for seed in chosen]
+        cells = [(plant, family, seed) for seed in chosen for family in families for plant in PLANTS]
         parts["planted"] = lambda: [_said(bench.planted(*cell)) for cell in cells]
     if args.healthy or both:
         runs = enumerate(args.seeds or seeds[NUM_PLANTED:])
