@@ -48,11 +48,9 @@ RESULTS = ROOT / FOLDER / "sft_throughput.json"
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 
 TOKENS_PER_STEP = 4096  # at most: TRL's rows are seldom full
-ROW_TOKENS = {
-    "mimo_v2_flash": 256,
-    "qwen3_moe": 512,
-}  # TRL's max_length; a packed micro-batch is one such row
-SORTED_MICRO_BATCHES = 4  # of a step of trl-sorted: some 40 documents each
+# max_length of trl-packed, whose micro-batch is one such row.
+ROW_TOKENS = {"mimo_v2_flash": 256, "qwen3_moe": 512}
+SORTED_MICRO_BATCHES = 8  # of a step of trl-sorted: some 20 documents each
 ARMS = (PACKED, SORTED) = ("trl-packed", "trl-sorted")
 OURS = {"pack_tokens": 0, "max_tokens_per_micro_batch": 1024}
 LR, BETAS, EPS, GRAD_CLIP = 1e-3, [0.9, 0.95], 1e-8, 1.0
