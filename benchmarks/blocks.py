@@ -1,6 +1,6 @@
-"""Blocks of work in turn: two processes, each in an environment of its own, of which one waits while the other works.
+"""Blocks of work in turn: processes in environments of their own, of which one works while the others wait.
 
-Standard library alone, because both environments import it. Commands and answers are lines of JSON on a child's
+Standard library alone, because all environments import it. Commands and answers are lines of JSON on a child's
 standard input and output; whatever else the child prints goes to its log.
 """
 
@@ -94,23 +94,19 @@ class Block:
     cpu_seconds: float
 
 
-def alternate(
-    first: Child, second: Child, num_pairs: int, steps: int
-) -> tuple[list[tuple[Block, Block]], dict[str, float]]:
-    """``num_pairs`` pairs of blocks of ``steps`` steps, first, second, first, second and so on; and the CPU time that each
-    used while it waited, as a share of the other's seconds."""
-    pairs = []
-    waited, idle = (
-        dict.fromkeys((first.name, second.name), 0.0),
-        dict.fromkeys((first.name, second.name), 0.0),
-    )
-    for _ in range(num_pairs):
-        blocks = []
-        for working, waiting in ((first, second), (second, first)):
-            before, rested = working.cpu_seconds(), waiting.cpu_seconds()
+def alternate(rounds: list[list[Child]], steps: int) -> tuple[dict[str, list[Block]], dict[str, float]]:
+    """A block of ``steps`` steps of every child in every round, in the order of the round. Returns the blocks by name of
+    the child, and the CPU time that each used while it waited, as a share of the seconds that the others worked."""
+    names = [child.name for child in rounds[0]]
+    blocks: dict[str, list[Block]] = {name: [] for name in names}
+    waited, idle = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for order in rounds:
+        for working in order:
+            before = {child.name: child.cpu_seconds() for child in order}
             seconds = float(working.ask({"steps": steps})["seconds"])
-            blocks.append(Block(seconds=seconds, cpu_seconds=working.cpu_seconds() - before))
-            idle[waiting.name] += waiting.cpu_seconds() - rested
-            waited[waiting.name] += seconds
-        pairs.append((blocks[0], blocks[1]))
-    return pairs, {name: idle[name] / waited[name] for name in idle}
+            used = {child.name: child.cpu_seconds() - before[child.name] for child in order}
+            blocks[working.name].append(Block(seconds=seconds, cpu_seconds=used.pop(working.name)))
+            for name, cpu_seconds in used.items():
+                idle[name] += cpu_seconds
+                waited[name] += seconds
+    return blocks, {name: idle[name] / waited[name] for name in names}

@@ -1,7 +1,9 @@
-"""TRL's side of `sft_throughput`: SFTTrainer with packing, stopped and started between blocks of steps.
+"""TRL's sides of `sft_throughput`: SFTTrainer, stopped and started between blocks of steps.
 
-Runs in .venv-trl, where this project is not installed, and imports nothing of it. TRL packs the rows and so decides
-which documents an optimizer step sees; it writes them down before it starts, for the other side to train on the same.
+``trl-packed`` packs the documents into rows and so decides which of them an optimizer step sees; it writes them down
+before it starts, for the others to train on the same. ``trl-sorted`` pads instead of packing: the documents of a step in
+order of length, in a fixed number of micro-batches, which hardly have padding then. Runs in .venv-trl, where this
+project is not installed, and imports nothing of it but two files of benchmarks/.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.blocks import Channel
+from benchmarks.sft_throughput_sorted import sorted_micro_batches
 
 CHANNEL = Channel()
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +33,7 @@ from transformers import (  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 IGNORED = -100
+PACKED = "trl-packed"
 
 
 class Blocks(TrainerCallback):
@@ -77,6 +82,16 @@ def write_steps(rows: Dataset, rows_per_step: int, num_steps: int, file: Path) -
             stream.write(json.dumps([d for row in step for d in documents_of(row)]) + "\n")
 
 
+class SortedTrainer(SFTTrainer):
+    """SFTTrainer on given micro-batches, which TRL has no option for."""
+
+    numbers: list[list[int]]
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(self.train_dataset, batch_sampler=self.numbers, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, documents: list[dict[str, list[int]]]) -> float:
     """Mean cross-entropy over the loss tokens, one document at a time, from the model's ordinary logits."""
@@ -92,19 +107,17 @@ def held_out_loss(model: PreTrainedModel, documents: list[dict[str, list[int]]])
     return total / count
 
 
-def build(settings: dict[str, Any], documents: list[dict[str, list[int]]], blocks: Blocks) -> SFTTrainer:
-    """The trainer at TRL's best settings for a CPU: its own fused AdamW, no recomputation, nothing saved or reported."""
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
-    model.set_experts_implementation("grouped_mm")
-    config = SFTConfig(
-        output_dir=str(Path(settings["work"]) / "trl"),
-        packing=True,
+def configure(settings: dict[str, Any]) -> SFTConfig:
+    """What both arms share: TRL's own fused AdamW, no recomputation, nothing saved or reported."""
+    return SFTConfig(
+        output_dir=str(Path(settings["work"]) / settings["arm"]),
+        packing=settings["arm"] == PACKED,
         packing_strategy="bfd",
         max_length=settings["row_tokens"],
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings["micro_batches"],
+        gradient_accumulation_steps=settings["micro_batches"][settings["arm"]],
         max_steps=settings["total_steps"],
-        shuffle_dataset=True,
+        shuffle_dataset=settings["arm"] == PACKED,
         train_sampling_strategy="sequential",  # of rows that are shuffled already, so that they can be written down
         learning_rate=settings["lr"],
         lr_scheduler_type="constant",
@@ -126,9 +139,17 @@ def build(settings: dict[str, Any], documents: list[dict[str, list[int]]], block
         report_to="none",
         save_strategy="no",
     )
-    trainer = SFTTrainer(
+
+
+def build(
+    settings: dict[str, Any], kind: type[SFTTrainer], documents: list[dict[str, list[int]]], blocks: Blocks
+) -> SFTTrainer:
+    """A trainer of ``kind`` around the model of the settings."""
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    model.set_experts_implementation("grouped_mm")
+    trainer = kind(
         model=model,
-        args=config,
+        args=configure(settings),
         train_dataset=Dataset.from_list(documents),
         processing_class=AutoTokenizer.from_pretrained(settings["model"]),
         callbacks=[blocks],
@@ -137,15 +158,35 @@ def build(settings: dict[str, Any], documents: list[dict[str, list[int]]], block
     return trainer
 
 
+def build_packed(
+    settings: dict[str, Any], documents: list[dict[str, list[int]]], blocks: Blocks
+) -> SFTTrainer:
+    """Packs the documents and writes down those of every step."""
+    trainer = build(settings, SFTTrainer, documents, blocks)
+    rows_per_step, file = settings["micro_batches"][PACKED], Path(settings["steps"])
+    write_steps(trainer.train_dataset, rows_per_step, settings["total_steps"], file)
+    return trainer
+
+
+def build_sorted(settings: dict[str, Any], blocks: Blocks) -> SFTTrainer:
+    """Trains on the steps that were written down."""
+    steps = [json.loads(line) for line in Path(settings["steps"]).read_text().splitlines()]
+    documents, numbers = sorted_micro_batches(steps, settings["micro_batches"][settings["arm"]])
+    trainer = build(settings, SortedTrainer, documents, blocks)
+    assert len(trainer.train_dataset) == len(documents), "TRL has left documents out"
+    trainer.numbers = numbers
+    return trainer
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["num_threads"])
     data = json.loads(Path(settings["data"]).read_text())
     blocks = Blocks()
-    trainer = build(settings, data["train"], blocks)
-    write_steps(
-        trainer.train_dataset, settings["micro_batches"], settings["total_steps"], Path(settings["steps"])
-    )
+    if settings["arm"] == PACKED:
+        trainer = build_packed(settings, data["train"], blocks)
+    else:
+        trainer = build_sorted(settings, blocks)
     CHANNEL.send(
         {
             "held_out": held_out_loss(trainer.model, data["held_out"]),

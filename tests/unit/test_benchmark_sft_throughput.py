@@ -1,4 +1,4 @@
-"""The benchmark against TRL without TRL: pairs, intervals, tokens and losses by hand; blocks that really alternate."""
+"""The benchmark against TRL without TRL: pairs, intervals, tokens, losses and verdicts by hand; blocks that really alternate."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from benchmarks import sft_throughput
 from benchmarks.blocks import Block, Child, alternate
 from benchmarks.sft_throughput import (
     LOSS_BAR,
+    PACKED,
+    SORTED,
     WARM_UP_STEPS,
     compare_losses,
     count_tokens,
     is_equal,
-    throughput,
+    orders,
+    ratios,
+    side,
 )
+from benchmarks.sft_throughput_sorted import sorted_micro_batches
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements"
 CHILD = """
@@ -46,17 +51,17 @@ def blocks(*seconds: float) -> list[Block]:
 
 def test_a_pair_gives_one_ratio_and_the_interval_is_over_pairs() -> None:
     # The machine is ten times slower in the last pair, for both sides alike.
-    pairs = list(zip(blocks(1.0, 1.0, 10.0), blocks(1.5, 1.5, 15.0), strict=True))
-    found = throughput(pairs, [300, 300, 300], [90, 90, 90])
+    ours, trl = blocks(1.0, 1.0, 10.0), blocks(1.5, 1.5, 15.0)
+    found = ratios(ours, trl)
     assert found["wall"] == {"ratio": 1.5, "low": 1.5, "high": 1.5} == found["cpu"]
-    assert found["ours"]["tokens_per_s"] == 300 and found["trl"]["tokens_per_s"] == 200
-    assert found["ours"]["loss_tokens_per_s"] == 90
-    assert (found["num_tokens"], found["num_loss_tokens"]) == (900, 270)
+    tokens, loss_tokens = [300, 300, 300], [90, 90, 90]
+    assert side(ours, tokens, loss_tokens)["tokens_per_s"] == 300
+    assert side(trl, tokens, loss_tokens)["tokens_per_s"] == 200
+    assert side(ours, tokens, loss_tokens)["loss_tokens_per_s"] == 90
 
 
 def test_the_interval_holds_the_ratios_that_pairs_have() -> None:
-    pairs = list(zip(blocks(*[1.0] * 9), blocks(0.9, 1.1, 0.95, 1.05, 1.0, 1.2, 0.8, 1.0, 1.0), strict=True))
-    wall = throughput(pairs, [10] * 9, [10] * 9)["wall"]
+    wall = ratios(blocks(*[1.0] * 9), blocks(0.9, 1.1, 0.95, 1.05, 1.0, 1.2, 0.8, 1.0, 1.0))["wall"]
     assert wall["ratio"] == 1.0
     assert 0.8 <= wall["low"] < 1.0 < wall["high"] <= 1.2
 
@@ -72,6 +77,18 @@ def test_tokens_are_those_of_the_measured_blocks(tmp_path: Any) -> None:
     ]
     file.write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert count_tokens(file, 2) == ([6, 10], [3, 1])
+
+
+def test_sorted_micro_batches_hold_their_own_step_shortest_first() -> None:
+    steps = [
+        [{"input_ids": [step] * n, "labels": [step] * n} for n in lengths]
+        for step, lengths in enumerate([(5, 1, 4, 2, 3), (9, 7, 8)])
+    ]
+    documents, numbers = sorted_micro_batches(steps, 2)
+    found = [[documents[i]["input_ids"] for i in own] for own in numbers]
+    assert [[len(ids) for ids in own] for own in found] == [[1, 2], [3, 4, 5], [7], [8, 9]]
+    assert [{token for ids in own for token in ids} for own in found] == [{0}, {0}, {1}, {1}]
+    assert all(document["labels"] == document["input_ids"] for document in documents)
 
 
 def test_losses_are_compared_step_by_step_and_smoothed() -> None:
@@ -105,9 +122,10 @@ def test_blocks_alternate_and_the_waiting_child_rests(tmp_path: Any) -> None:
         return made
 
     ours, trl = child("a"), child("b")
-    pairs, idle = alternate(ours, trl, 3, 4)
-    assert (tmp_path / "order").read_text() == "ababab"
-    assert all(block.seconds >= 0.04 for pair in pairs for block in pair)
+    found, idle = alternate([[ours, trl], [trl, ours], [ours, trl]], 4)
+    assert (tmp_path / "order").read_text() == "abbaab"
+    assert {name: len(own) for name, own in found.items()} == {"a": 3, "b": 3}
+    assert all(block.seconds >= 0.04 for own in found.values() for block in own)
     assert set(idle) == {"a", "b"} and max(idle.values()) < 0.5
     assert "noise on standard output" in (tmp_path / "a.log").read_text()
     with pytest.raises(SystemExit, match="told to end"):
@@ -116,21 +134,41 @@ def test_blocks_alternate_and_the_waiting_child_rests(tmp_path: Any) -> None:
     assert trl.process.returncode != 0
 
 
-def test_the_table_says_whether_the_bar_is_met() -> None:
-    side = {"tokens_per_s": 9000.0, "loss_tokens_per_s": 2500.0}
+def test_ours_is_first_in_odd_rounds_and_last_in_even_ones() -> None:
+    rounds: Any = orders("o", ["p", "s"], 8)  # type: ignore[arg-type, list-item]
+    assert ["".join(order) for order in rounds] == ["ops", "spo", "osp", "pso"] * 2
+    for name in "ops":
+        assert sum(order.index(name) for order in rounds) == 8, "in the middle on average"
+
+
+def arm(low: float, after: float = 2.0) -> dict[str, Any]:
+    return {
+        "wall": {"ratio": low + 0.1, "low": low, "high": low + 0.2},
+        "cpu": {"ratio": 1.2, "low": 1.1, "high": 1.3},
+        "losses": {"max_smoothed_difference": 1e-4},
+        "held_out": {"before": [4.0, 4.0], "after": [2.0, after]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("packed", "padded", "verdicts"),
+    [
+        (arm(1.1), arm(0.8), ["met", "no bar"]),
+        (arm(0.95), arm(1.1), ["not met", "no bar"]),
+        (arm(1.1, after=2.1), arm(1.1, after=2.1), ["not met: losses differ", "losses differ"]),
+    ],
+)
+def test_the_table_says_whether_the_bar_is_met_and_packing_alone_is_the_bar(
+    packed: dict[str, Any], padded: dict[str, Any], verdicts: list[str]
+) -> None:
+    own = {"tokens_per_s": 9000.0, "loss_tokens_per_s": 2500.0}
     result = {
         "model": "tiny",
-        "wall": {"ratio": 1.2, "low": 1.1, "high": 1.3},
-        "cpu": {"ratio": 1.2, "low": 1.1, "high": 1.3},
-        "ours": side,
-        "trl": side,
-        "losses": {"max_smoothed_difference": 1e-4},
-        "held_out": {"before": [4.0, 4.0], "after": [2.0, 2.0]},
+        "sides": {"ours": own, PACKED: own, SORTED: own},
+        "arms": {PACKED: packed, SORTED: padded},
     }
-    slower = result | {"wall": {"ratio": 1.0, "low": 0.95, "high": 1.1}}
-    other = result | {"held_out": {"before": [4.0, 4.0], "after": [2.0, 2.1]}}
-    rows = sft_throughput.table([result, slower, other]).splitlines()[2:]
-    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["met", "not met", "not met"]
+    rows = sft_throughput.table([result]).splitlines()[2:]
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == verdicts
 
 
 def test_trl_has_the_versions_of_the_project_and_one_package_of_its_own() -> None:
