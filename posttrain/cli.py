@@ -21,6 +21,7 @@ from posttrain.config import RUNS, RunConfig, UserError
 from posttrain.usage import COMMANDS, TOPICS, USAGE
 
 MODULES = {name: name for name in RUNS} | {"eval": "evaluate"}
+TRAINING = ("sft", "rl", "mopd")  # runs that end with one model
 QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -151,7 +152,9 @@ def _start(command: str, cfg: RunConfig) -> int:
         check_folder(cfg)
         print_plan(command, cfg, report)
         return 0
-    import_module(f"posttrain.runs.{MODULES[command]}").run(cfg)
+    made = import_module(f"posttrain.runs.{MODULES[command]}").run(cfg)
+    if command in TRAINING:
+        print(f"model: {made}")
     return 0
 
 

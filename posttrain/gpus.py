@@ -7,6 +7,7 @@ import os
 
 from posttrain.config import (
     EvalRun,
+    FusedLoss,
     LearnerConfig,
     MOPDRun,
     PipelineRun,
@@ -81,6 +82,10 @@ def check_gpus(cfg: RunConfig, notes: list[str]) -> None:
     use = gpus_of(cfg, available)
     for key, learner in learners_of(cfg):
         each = learner.num_gpus_per_rank
+        if learner.fused_loss is FusedLoss.liger and (each == 0 or not available):
+            raise UserError(
+                f"{key}.fused_loss='liger': the learner has no GPU here, and Liger's kernel needs one; use 'off'"
+            )
         if each and learner.num_ranks > available:
             raise UserError(
                 f"{key}.num_gpus_per_rank={each:g}: each of the {learner.num_ranks} ranks needs a GPU of its own and this"

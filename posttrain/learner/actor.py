@@ -54,6 +54,9 @@ class LearnerActor:
     def mismatch(self, batch: RankBatch) -> dict[str, float]:
         return self._worker.mismatch(batch)
 
+    def validate(self, batch: RankBatch) -> dict[str, float]:
+        return self._worker.validate(batch)
+
     def logprobs(
         self, samples: dict[int, TrainingSample], micro_batches: list[MicroBatchRows], replayed: bool
     ) -> dict[int, np.ndarray]:

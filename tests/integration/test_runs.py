@@ -86,7 +86,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     words = ["".join(rng.choice("abcdefgh") for _ in range(5)) for _ in range(200)]
     chat = [[{"role": "user", "content": w}, {"role": "assistant", "content": w[::-1]}] for w in words]
-    write_rows(folder / "chat.jsonl", [{"messages": m} for m in chat])
+    write_rows(folder / "chat.jsonl", [{"messages": m} for m in chat[16:]])
+    write_rows(folder / "held_out_chat.jsonl", [{"messages": m, "domain": "words"} for m in chat[:16]])
     domains = ["math", "code"]
     rows = [{"messages": m[:1], "domain": domains[i % 2], "answer": "x"} for i, m in enumerate(chat)]
     write_rows(folder / "prompts.jsonl", rows)
@@ -101,6 +102,7 @@ def test_user_trains_own_checkpoint_on_own_messages(user: Path) -> None:
     command = [
         "sft", "data.path=chat.jsonl", "model.path=my_model", "algorithm.steps=20", "checkpoint.every_steps=4",
         "algorithm.batch_size=32", "learner.lr=1e-3", "learner.aux_loss_coef=1e-4", "learner.expert_bias_rate=0",
+        "data.eval_path=held_out_chat.jsonl", "algorithm.validate_every=5",
     ]  # fmt: skip
     kill_in(user, user / "runs/sft", command)
     posttrain(user, *command)
@@ -108,6 +110,10 @@ def test_user_trains_own_checkpoint_on_own_messages(user: Path) -> None:
     rows = read_jsonl(user / "runs/sft/metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, 21))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
+    validated = [r for r in rows if "validation/loss/words" in r]
+    assert [r["step"] for r in validated] == [5, 10, 15, 20]
+    assert validated[-1]["validation/loss/all"] == validated[-1]["validation/loss/words"]
+    assert validated[-1]["validation/loss/all"] < validated[0]["validation/loss/all"]
     assert undocumented(name for row in rows for name in row) == set()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.config import ModelConfig, UserError
+from posttrain import gpus
+from posttrain.config import FusedLoss, LearnerConfig, ModelConfig, SFTRun, UserError
 from posttrain.learner import fused, policy
 from posttrain.learner import model as loading
 from posttrain.learner.logprobs import target_logprobs
@@ -46,6 +47,13 @@ def test_liger_gives_the_logprobs_and_gradients_of_our_chunks(dtype: torch.dtype
 def test_it_is_for_gpus_alone() -> None:
     with pytest.raises(UserError, match=r"learner\.fused_loss='liger': needs a GPU"):
         fused.require(torch.device("cpu"))
+
+
+def test_a_run_without_a_gpu_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "num_gpus", lambda: 0)
+    run = SFTRun(model=ModelConfig(path="m"), learner=LearnerConfig(fused_loss=FusedLoss.liger))
+    with pytest.raises(UserError, match=r"^learner\.fused_loss='liger': the learner has no GPU here"):
+        gpus.check_gpus(run, [])
 
 
 def test_it_serves_heads_without_bias_that_have_tokens() -> None:

@@ -6,7 +6,9 @@ import pytest
 
 from posttrain.config import LearnerConfig, ModelConfig, UserError
 from posttrain.learner import group
+from posttrain.learner.actor import LearnerActor
 from posttrain.learner.group import LearnerGroup
+from posttrain.learner.worker import LearnerWorker
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,10 @@ def test_a_living_learner_keeps_its_ranks_and_gpus() -> None:
         (name,) = change
         with pytest.raises(UserError, match=rf"^learner\.{name}="):
             living.reset(LearnerConfig(**change), ModelConfig(path="/m"), 1, 0)
+
+
+def test_the_actor_forwards_every_method_of_the_worker() -> None:
+    def public(owner: type) -> set[str]:
+        return {name for name, value in vars(owner).items() if callable(value) and not name.startswith("_")}
+
+    assert public(LearnerWorker) - {"info"} == public(LearnerActor)
