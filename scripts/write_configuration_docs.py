@@ -96,6 +96,8 @@ def _default(value: Any) -> str:
         return f"`{str(value).lower()}`"
     if value == {}:
         return "empty"
+    if isinstance(value, dict):
+        return ", ".join(f"`{key}: {item}`" for key, item in value.items())
     return f"`{value}`"
 
 
