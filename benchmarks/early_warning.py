@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -341,7 +342,7 @@ def _alarm(step: int, trouble: Trouble) -> dict[str, Any]:
         "name": trouble.name,
         "metric": trouble.metric,
         "layer": trouble.layer,
-        "value": trouble.value,
+        "value": trouble.value if math.isfinite(trouble.value) else None,
     }
 
 
