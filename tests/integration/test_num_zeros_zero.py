@@ -132,7 +132,11 @@ def brute_force(net: Net, replay: Any, batch: str, num_ranks: int) -> tuple[dict
         zeros = float((gradient == 0).sum())
         layer = re.search(r"layers\.(\d+)\.", name)
         module_class = next((c for mark, c in MARKS.items() if mark in name), "other")
-        for key in (module_class, "total", *([f"layer_{layer[1]}"] if layer else [])):
+        keys = [module_class, "total"]
+        if layer is not None:
+            keys += [f"layer_{layer[1]}"]
+            keys += [f"not_experts/layer_{layer[1]}"] if module_class != "routed_expert" else []
+        for key in keys:
             counts[key] = counts.get(key, 0.0) + zeros
         if module_class == "routed_expert":
             assert layer is not None
