@@ -76,7 +76,7 @@ class Size:
 
 
 FULL = Size(pretrain_steps=300, steps=140, shift=40)
-QUICK = Size(pretrain_steps=80, steps=100, shift=30)
+QUICK = Size(pretrain_steps=240, steps=110, shift=30)
 
 # Arms -----------------------------------------------------------------------------------------------------------
 
