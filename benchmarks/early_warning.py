@@ -105,7 +105,7 @@ class Plant:
 @torch.no_grad()
 def favour(learner: local.LocalLearner, batch: Batch, experts: list[int], sign: float) -> None:
     """The router of one layer sends all tokens to ``experts`` (sign 1) or none (-1): through its bias where there is one,
-    else along the direction on which all that it sees is 1."""
+    else along a direction on which all that it sees is 1 or more."""
     assert learner.worker.replay is not None
     router = learner.worker.replay.routers[MOE_LAYER]
     bias = router.correction_bias()
@@ -116,10 +116,16 @@ def favour(learner: local.LocalLearner, batch: Batch, experts: list[int], sign: 
     handle = router.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     learner.validate(batch)
     handle.remove()
-    inputs = torch.cat([s.reshape(-1, s.shape[-1]) for s in seen])
-    direction = torch.linalg.lstsq(inputs, inputs.new_ones(len(inputs), 1)).solution[:, 0]
     (weight,) = router.parameters()
-    weight[experts] += 30.0 * sign * direction
+    weight[experts] += 30.0 * sign * _common_direction(torch.cat([s.reshape(-1, s.shape[-1]) for s in seen]))
+
+
+def _common_direction(inputs: torch.Tensor) -> torch.Tensor:
+    """[H] on which nearly all of ``inputs`` [N, H] are 1 or more: least squares that no longer pull back what is above 1."""
+    direction = inputs.new_zeros(inputs.shape[1], 1)
+    for _ in range(100):
+        direction = torch.linalg.lstsq(inputs, (inputs @ direction).clamp(min=1.0)).solution
+    return direction[:, 0]
 
 
 def two_experts(learner: local.LocalLearner, batch: Batch) -> None:
