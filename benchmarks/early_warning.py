@@ -104,8 +104,8 @@ class Plant:
 
 @torch.no_grad()
 def favour(learner: local.LocalLearner, batch: Batch, experts: list[int], sign: float) -> None:
-    """The router of one layer sends all tokens to ``experts`` (sign 1) or none (-1): through its bias where there is one,
-    else along a direction on which all that it sees is 1 or more."""
+    """The router of one layer sends all tokens to ``experts`` (sign 1) or hardly any (-1): through its bias where there is one,
+    else along a direction on which nearly all held-out tokens are 1 or more. Others may still find their way."""
     assert learner.worker.replay is not None
     router = learner.worker.replay.routers[MOE_LAYER]
     bias = router.correction_bias()

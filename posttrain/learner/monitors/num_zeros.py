@@ -1,8 +1,9 @@
 """num-zeros (MiMo-V2-Flash report, section 4.2): gradient elements that are exactly 0, over the global batch.
 
 Counted once on each rank's own fragment of every trainable parameter, routed experts by expert, and summed with one
-all-reduce, so no gradient is gathered; classes, layers and dead experts are sums of these counts. A parameter without gradient counts with all its elements, ZeRO's padding never counts, and the number is the
-same for any ZeRO stage and any number of ranks. Rising: the load of the experts gets less even. Falling: overfitting.
+all-reduce, so no gradient is gathered; classes, layers and dead experts are sums of these counts. A parameter without
+gradient counts with all its elements, ZeRO's padding never counts, and the number is the same for any ZeRO stage and any
+number of ranks. Rising: the load of the experts gets less even. Falling: overfitting.
 Both are claims of the report, not of ours.
 """
 
@@ -65,8 +66,9 @@ class NumZeros:
     @torch.no_grad()
     def count(self) -> dict[str, float]:
         """``num_zeros/total``, ``num_zeros/<class>`` for classes that the model has, ``num_zeros/layer_<n>`` of each
-        decoder layer, ``num_zeros/not_experts/layer_<n>`` of it without routed experts, ``num_zeros/share`` (of all trainable elements) and, for MoE models, ``num_zeros/dead_experts``:
-        routed experts, over all layers and by layer, whose whole gradient is 0. Collective."""
+        decoder layer, ``num_zeros/not_experts/layer_<n>`` of it without routed experts, ``num_zeros/share`` (of all
+        trainable elements) and, for MoE models, ``num_zeros/dead_experts``: routed experts, over all layers and by layer,
+        whose whole gradient is 0. Collective."""
         finish_offload(self._engine)
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         device = self.slots[0].parameter.device
