@@ -37,6 +37,7 @@ from posttrain.config.choices import (
 )
 from posttrain.config.deepspeed import check_deepspeed
 from posttrain.config.errors import UserError, require, require_above, require_at_least
+from posttrain.config.learner import LearnerConfig, LoraConfig
 from posttrain.config.runs import (
     RUNS,
     DoctorRun,
@@ -59,8 +60,6 @@ from posttrain.config.sections import (
     DataConfig,
     EvalConfig,
     HeldOutConfig,
-    LearnerConfig,
-    LoraConfig,
     ModelConfig,
     RayConfig,
     RewardWorkerConfig,

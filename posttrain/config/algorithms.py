@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from posttrain.config.choices import Advantage, Aggregation, Correction, Loss, Overlong, Schedule, Signal
 from posttrain.config.errors import require, require_above, require_at_least
-from posttrain.config.sections import LearnerConfig, RolloutConfig
+from posttrain.config.learner import LearnerConfig
+from posttrain.config.sections import RolloutConfig
 
 
 @dataclass(kw_only=True, slots=True)

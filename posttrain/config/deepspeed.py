@@ -6,7 +6,7 @@ from typing import Any
 
 from posttrain.config.choices import Dtype
 from posttrain.config.errors import UserError, require
-from posttrain.config.sections import LearnerConfig
+from posttrain.config.learner import LearnerConfig
 
 OWNED_KEYS = ("gradient_clipping", "optimizer", "scheduler", "data_types", "steps_per_print")
 FORMER_KEYS = {

@@ -17,11 +17,11 @@ from posttrain.config.algorithms import (
 )
 from posttrain.config.choices import MergeMethod
 from posttrain.config.errors import require, require_at_least
+from posttrain.config.learner import LearnerConfig
 from posttrain.config.sections import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    LearnerConfig,
     ModelConfig,
     RayConfig,
     RewardWorkerConfig,
