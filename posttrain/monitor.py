@@ -59,7 +59,7 @@ class Monitor:
             if action is AlarmAction.stop and self._end is None:
                 self._end = (
                     f"tracking.alarms.{alarm.name}='stop': step {step}: {alarm.message}; the checkpoint of step {step} is"
-                    " saved, and the same command goes on from it"
+                    f" saved, and the same command goes on from it (with algorithm.steps={step}: only makes model/ of it)"
                 )
             save = save or action in (AlarmAction.save, AlarmAction.stop)
         self._count_skipped(metrics)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from posttrain.alarms import QUIET_STEPS, Alarms
 from posttrain.early_warning import WARM_UP, EarlyWarning, Trouble
+from posttrain.learner.monitors.experts import fell_silent
 
 START = 60  # step at which the trouble begins
 Step = dict[str, float | None]
@@ -95,7 +97,7 @@ def dead_experts_of_a_layer(step: Step, age: int) -> None:
 
 
 def starving(step: Step, age: int) -> None:
-    step["experts/starving"] = 0.0 if age < 0 else 3.0
+    step["experts/starving"] = 0.0 if age < 0 else 3.0  # two are no alarm
 
 
 def overfitting_by_zeros(step: Step, age: int) -> None:
@@ -192,8 +194,8 @@ def loads(
         }
         step |= {f"balance/max_vio/layer_{layer}": float(v) for layer, v in enumerate(vio)}
         if len(history) > 5:
-            silent = (np.sum(history[-5:], 0) == 0) & (np.mean(history[:-5], 0) >= 4)
-            step |= {f"experts/silent/layer_{layer}": float(n) for layer, n in enumerate(silent.sum(1))}
+            silent = fell_silent(torch.from_numpy(np.stack(history)).double()).sum(1)
+            step |= {f"experts/silent/layer_{layer}": float(n) for layer, n in enumerate(silent)}
             step["experts/silent"] = float(silent.sum())
         steps.append(step)
     return steps
@@ -217,6 +219,13 @@ def test_one_dead_expert_among_thousands_is_named_with_its_layer() -> None:
         step["experts/silent"] = step["experts/silent/layer_30"] = 1.0
     ((at, trouble),) = heard(steps)
     assert (at, trouble.name, trouble.layer) == (49, "dead_experts", 30)
+
+
+def test_two_experts_that_come_and_go_at_the_limit_of_starving_are_no_alarm() -> None:
+    steps = healthy(2)
+    for i, step in enumerate(steps):
+        step["experts/starving"] = 0.0 if i < START else 2.0
+    assert heard(steps) == []
 
 
 def test_validation_that_rises_while_training_does_not_fall_is_no_overfitting() -> None:

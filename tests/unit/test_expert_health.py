@@ -15,7 +15,7 @@ from torch import Tensor
 from posttrain.config import LearnerConfig, UserError
 from posttrain.learner.group import is_window_end
 from posttrain.learner.moe.replay import RouterReplay
-from posttrain.learner.monitors.experts import ExpertHealth, pack
+from posttrain.learner.monitors.experts import ExpertHealth, fell_silent, pack
 from posttrain.learner.monitors.num_zeros import NumZeros
 from posttrain.tracking.jsonl import LoadFile, read_jsonl
 from tests.metric_names import undocumented
@@ -162,6 +162,19 @@ def test_an_expert_that_had_tokens_and_has_none_for_five_steps_fell_silent() -> 
     row = step(health, busy)
     assert row["experts/silent"] == 0 and undocumented(row) == set()
     assert [row[f"experts/silent/layer_{layer}"] for layer in replay.layers] == [0] * layers
+
+
+def test_an_expert_that_keeps_a_token_now_and_then_fell_silent_too() -> None:
+    """Less than 2 % of its own load before, over five steps; a rare expert only without any token."""
+    before = torch.tensor([[400.0, 400, 400, 50, 4, 3, 0, 400]]).expand(10, 1, -1)
+    now = torch.tensor([[400.0, 7.9, 8.0, 0.8, 0.2, 0, 0, 0]]).expand(5, 1, -1)
+    found = fell_silent(torch.cat([before, now]).double())
+    assert found.tolist() == [[False, True, False, True, False, False, False, True]]
+    assert (
+        fell_silent(torch.cat([before, now[:4], before[:1]]).double()).sum() == 0
+    )  # one full step in the last five
+    rare = torch.cat([before, torch.zeros(5, 1, 8)])[..., 4]
+    assert fell_silent(rare[..., None].double()).all()
 
 
 def test_updates_of_a_step_are_one_entry_and_a_failed_attempt_none() -> None:

@@ -48,7 +48,8 @@ class FakeLearner:
 
     def save_checkpoint(self, folder: Path) -> None: ...
 
-    def save_model(self, folder: Path) -> None: ...
+    def save_model(self, folder: Path) -> None:
+        folder.mkdir()
 
 
 class FakeFolder:
@@ -142,6 +143,17 @@ def test_stop_saves_ends_with_one_line_and_can_go_on(tmp_path: Path, monkeypatch
     assert list(run.folder.states) == [BAD] and run.steps == list(range(1, BAD + 1))
     assert run.start(spike).updated == list(range(BAD + 1, STEPS + 1))
     assert run.steps == list(range(1, STEPS + 1)) and len(run.alarms) == 1 and run.folder.finished
+
+
+def test_a_stopped_run_makes_its_model_with_the_steps_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, monkeypatch, loss_spike=AlarmAction.stop)
+    with pytest.raises(UserError, match=r"with algorithm\.steps=40: only makes model/ of it"):
+        run.start(spike)
+    assert not run.folder.model.exists()
+    run.cfg.algorithm.steps = BAD
+    assert run.start(spike).updated == [] and run.folder.model.exists() and run.folder.finished
 
 
 def test_skip_leaves_the_spike_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from posttrain.learner.monitors.gradients import weight_fragment
 from posttrain.learner.monitors.num_zeros import NumZeros, add_by_expert
 
 STARVING_SHARE = 0.1  # of the mean load
-SILENT_STEPS = 5  # in a row: a batch without tokens for an expert is an accident, five are not
+SILENT_STEPS = 5  # a batch without tokens for an expert is an accident, five in a row are not
+SILENT_SHARE = 0.02  # of its own load before; what a router no longer wants keeps a token now and then
 LEAST_TOKENS = 4.0  # a step; an expert with fewer has no token in five steps every now and then
 
 
@@ -110,13 +111,10 @@ class ExpertHealth:
         self.window.extend([] if state is None else state.unbind())
 
     def _silent(self) -> dict[str, float]:
-        """Experts that fell silent, over all layers and by layer: no token in the last SILENT_STEPS steps, and
-        LEAST_TOKENS or more a step in those of the window before. An expert that never had any is not among them."""
-        steps = [step[0] for step in self.window]
-        if len(steps) <= SILENT_STEPS:
+        """Experts that fell silent, over all layers and by layer."""
+        if len(self.window) <= SILENT_STEPS:
             return {}
-        before = torch.stack(steps[:-SILENT_STEPS]).mean(0)
-        silent = (torch.stack(steps[-SILENT_STEPS:]).sum(0) == 0) & (before >= LEAST_TOKENS)
+        silent = fell_silent(torch.stack([step[0] for step in self.window]))
         found = {
             f"experts/silent/layer_{router.layer}": float(silent[row, : router.num_experts].sum())
             for row, router in enumerate(self.replay.routers)
@@ -149,6 +147,13 @@ class ExpertHealth:
             if len(weights):
                 add_by_expert(squares[slot.layer], slot, start, weights, _square_sums)
         return squares
+
+
+def fell_silent(loads_SLE: Tensor) -> Tensor:
+    """[L, E] bool: experts that got less than SILENT_SHARE of their former load in the last SILENT_STEPS of S > SILENT_STEPS
+    steps, and LEAST_TOKENS or more a step in those before. An expert that never had any is not among them."""
+    before, now = loads_SLE[:-SILENT_STEPS].mean(0), loads_SLE[-SILENT_STEPS:].mean(0)
+    return (now < SILENT_SHARE * before) & (before >= LEAST_TOKENS)
 
 
 def _square_sums(rows: Tensor) -> Tensor:
