@@ -50,7 +50,9 @@ class TeacherWorker:
         self.model = model
         self.device = "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
         self.backends: dict[str, Backend] = {}  # by key of the base: a path may come to hold other weights
-        if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
+        context = ray.get_runtime_context() if ray.is_initialized() else None
+        # Outside of an actor Ray does not answer the second question.
+        if context is not None and context.get_actor_id() and context.was_current_actor_reconstructed:
             logger.warning("teacher worker was restarted; it loads its teachers again")
 
     def set_teachers(self, teachers: dict[str, Teacher], signal: str = "sampled") -> dict[str, Any]:
