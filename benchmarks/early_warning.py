@@ -63,6 +63,7 @@ HEALTHY_RUN_STEPS, HEALTHY_VALIDATE_EVERY = 150, 5
 MOE_LAYER = 1  # index of the MoE layer in which routers are broken; the middle one of three
 BROKEN_LAYER = MOE_LAYER + 1  # its global number: the first layer is dense
 NUM_DUPLICATED = 32  # rows that come again and again
+FADING_STEPS = 10  # in which an expert loses its tokens
 AT_AGE = 3  # steps after the planting at which single batches are bad
 
 
@@ -93,31 +94,33 @@ BASE = LearnerConfig(
 @dataclass(kw_only=True, frozen=True)
 class Plant:
     """One kind of trouble. ``alarms`` are the names that say it rightly, ``layer`` the one that is broken. ``weights`` breaks
-    the model, once; ``data`` gives the batches from then on: (steps since then, healthy batch, rows of the run) -> batch."""
+    the model, before ``num_times`` steps in a row; ``data`` gives the batches from then on: (steps since then, healthy batch,
+    rows of the run) -> batch."""
 
     name: str
     alarms: tuple[str, ...]
     layer: int | None = None
     weights: Callable[[local.LocalLearner, Batch], None] | None = None
+    num_times: int = 1
     data: Callable[[int, Batch, Batch], Batch] | None = None
 
 
 @torch.no_grad()
-def favour(learner: local.LocalLearner, batch: Batch, experts: list[int], sign: float) -> None:
-    """The router of one layer sends all tokens to ``experts`` (sign 1) or hardly any (-1): through its bias where there is one,
-    else along a direction on which nearly all held-out tokens are 1 or more. Others may still find their way."""
+def push(learner: local.LocalLearner, batch: Batch, experts: list[int], bias: float, logits: float) -> None:
+    """The router of one layer sends more tokens to ``experts``, or fewer (negative): by so much more bias where it has one,
+    else by so much along a direction on which nearly all held-out tokens are 1 or more. Others may still find their way."""
     assert learner.worker.replay is not None
     router = learner.worker.replay.routers[MOE_LAYER]
-    bias = router.correction_bias()
-    if bias is not None:
-        bias[experts] += 10.0 * sign
+    own = router.correction_bias()
+    if own is not None:
+        own[experts] += bias
         return
     seen: list[torch.Tensor] = []
     handle = router.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     learner.validate(batch)
     handle.remove()
     (weight,) = router.parameters()
-    weight[experts] += 30.0 * sign * _common_direction(torch.cat([s.reshape(-1, s.shape[-1]) for s in seen]))
+    weight[experts] += logits * _common_direction(torch.cat([s.reshape(-1, s.shape[-1]) for s in seen]))
 
 
 def _common_direction(inputs: torch.Tensor) -> torch.Tensor:
@@ -129,11 +132,18 @@ def _common_direction(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def two_experts(learner: local.LocalLearner, batch: Batch) -> None:
-    favour(learner, batch, [0, 1], 1.0)
+    """All tokens to two experts."""
+    push(learner, batch, [0, 1], 10.0, 30.0)
 
 
 def shunned_experts(learner: local.LocalLearner, batch: Batch) -> None:
-    favour(learner, batch, [0, 1], -1.0)
+    """Hardly any to two."""
+    push(learner, batch, [0, 1], -10.0, -30.0)
+
+
+def fading_expert(learner: local.LocalLearner, batch: Batch) -> None:
+    """Fewer to one, each time, until it has hardly any."""
+    push(learner, batch, [0], -0.1, -0.4)
 
 
 def underflow(learner: local.LocalLearner, batch: Batch) -> None:
@@ -172,8 +182,25 @@ def _scrambled(sample: TrainingSample) -> TrainingSample:
 
 
 PLANTS = (
-    Plant(name="router biased to two experts", alarms=("imbalance", "dead_experts"), weights=two_experts),
-    Plant(name="two experts without tokens", alarms=("dead_experts", "imbalance"), weights=shunned_experts),
+    Plant(
+        name="router biased to two experts",
+        alarms=("imbalance", "dead_experts"),
+        layer=BROKEN_LAYER,
+        weights=two_experts,
+    ),
+    Plant(
+        name="two experts without tokens",
+        alarms=("dead_experts",),
+        layer=BROKEN_LAYER,
+        weights=shunned_experts,
+    ),
+    Plant(
+        name="an expert that fades",
+        alarms=("dead_experts",),
+        layer=BROKEN_LAYER,
+        weights=fading_expert,
+        num_times=FADING_STEPS,
+    ),
     Plant(name="duplicated data", alarms=("overfitting",), data=duplicated),
     Plant(name="layer scaled to underflow", alarms=("gradient_underflow",), layer=1, weights=underflow),
     Plant(name="NaN in one gradient", alarms=("nan",), weights=one_nan),
@@ -202,12 +229,18 @@ def make_data(folder: Path, num_sft: int, seed: int) -> Data:
     return split(load_conversations(DataConfig(path=str(folder / SFT)), tokenizer, 160))
 
 
-def batches(rows: dict[str, Batch], size: int, weights: list[float], seed: int) -> Iterator[Batch]:
-    """Batches of ``size`` rows, domains by ``weights``; every row once before any comes again."""
+def batches(
+    rows: dict[str, Batch], size: int, weights: list[float], seed: int, in_bursts: bool = False
+) -> Iterator[Batch]:
+    """Batches of ``size`` rows, domains by ``weights``; every row once before any comes again. ``in_bursts``: half of a batch
+    is of one domain, drawn anew for each."""
     rng = random.Random(seed)
     feeds = {domain: _feed(own, rng) for domain, own in rows.items()}
     while True:
-        yield [next(feeds[domain]) for domain in rng.choices(DOMAINS, weights, k=size)]
+        drawn = rng.choices(DOMAINS, weights, k=size)
+        if in_bursts:
+            drawn[: size // 2] = rng.choices(DOMAINS, weights) * (size // 2)
+        yield [next(feeds[domain]) for domain in drawn]
 
 
 def _feed(rows: Batch, rng: random.Random) -> Iterator[TrainingSample]:
@@ -267,7 +300,7 @@ class Bench:
         few = [sample for own in data.tune.values() for sample in own[: NUM_DUPLICATED // len(DOMAINS)]]
         for step, batch in enumerate(batches(data.tune, 64, [1.0] * len(DOMAINS), seed), start=1):
             age = step - HEALTHY_STEPS
-            if plant.weights is not None and age == 1:
+            if plant.weights is not None and 1 <= age <= plant.num_times:
                 plant.weights(self.learner, data.held_out)
             yield plant.data(age, batch, few) if plant.data is not None and age >= 1 else batch
 
@@ -295,10 +328,11 @@ class Bench:
             expert_bias_rate=rng.choice([1e-4, 1e-3]) if family == FAMILIES[0] else None,
         )
         size, weights = rng.choice([32, 64, 96]), [rng.uniform(0.5, 2.0) for _ in DOMAINS]
+        in_bursts = number % 3 == 2
         folder, data = self.work / f"seed{seed}", self.data(seed)
         model = self.tuned(family, data, seed) if is_tuned else folder / family
         self.learner.reset(settings, model, HEALTHY_RUN_STEPS, seed)
-        feed = batches(data.tune, size, weights, seed)
+        feed = batches(data.tune, size, weights, seed, in_bursts)
         heard = self.run(f"healthy-{seed}", feed, data.held_out, HEALTHY_RUN_STEPS, HEALTHY_VALIDATE_EVERY)
         return {
             "seed": seed,
@@ -308,6 +342,7 @@ class Bench:
             "lr": settings.lr,
             "schedule": settings.schedule.value,
             "batch_size": size,
+            "in_bursts": in_bursts,
             "alarms": [_alarm(step, trouble) for step, trouble in heard.alarms],
             "losses": [heard.validation[0][1], heard.validation[-1][1]],
         }
@@ -321,11 +356,22 @@ def judge(plant: Plant, heard: Heard) -> dict[str, Any]:
     return {
         "named_after": first[0] - HEALTHY_STEPS if first else None,
         "alarm": _alarm(*first) if first else None,
-        "right_layer": first is not None and plant.layer in (None, first[1].layer),
+        "right_layer": None if plant.layer is None else first is not None and first[1].layer == plant.layer,
         "validation_after": validation_shows(heard.validation),
         "false_alarms": [_alarm(step, t) for step, t in early],
-        "others": sorted({t.name for step, t in heard.alarms if step > HEALTHY_STEPS} - set(plant.alarms)),
+        "others": {
+            name: after for name, after in _first_named(heard).items() if name not in plant.alarms[:1]
+        },
     }
+
+
+def _first_named(heard: Heard) -> dict[str, int]:
+    """Name of an alarm -> steps from the planting to the first of it."""
+    found: dict[str, int] = {}
+    for step, trouble in heard.alarms:
+        if step > HEALTHY_STEPS:
+            found.setdefault(trouble.name, step - HEALTHY_STEPS)
+    return found
 
 
 def validation_shows(validation: list[tuple[int, float]]) -> int | None:
@@ -396,8 +442,11 @@ def _show_planted(lines: list[dict[str, Any]]) -> None:
         own = [line for line in lines if (line["trouble"], line["family"]) == (name, family)]
         print("| " + " | ".join([name, family, *_cells(own)]) + " |")
     in_time = [line for line in lines if line["named_after"] is not None and line["named_after"] <= BAR_STEPS]
-    placed = [line for line in lines if line["right_layer"]]
-    print(f"{len(in_time)} of {len(lines)} named within {BAR_STEPS} steps, {len(placed)} in the right layer")
+    placed = [line["right_layer"] for line in lines if line["right_layer"] is not None]
+    print(
+        f"{len(in_time)} of {len(lines)} named within {BAR_STEPS} steps; of {len(placed)} with a broken layer"
+        f" {sum(placed)} name it"
+    )
 
 
 def _cells(lines: list[dict[str, Any]]) -> list[str]:
@@ -406,11 +455,11 @@ def _cells(lines: list[dict[str, Any]]) -> list[str]:
 
     metrics = sorted({line["alarm"]["metric"] for line in lines if line["alarm"]})
     others = sorted({name for line in lines for name in line["others"]})
-    placed = f"{sum(line['right_layer'] for line in lines)}/{len(lines)}"
+    placed = [line["right_layer"] for line in lines if line["right_layer"] is not None]
     return [
         steps("named_after"),
         ", ".join(metrics),
-        placed,
+        f"{sum(placed)}/{len(placed)}" if placed else "",
         steps("validation_after"),
         ", ".join(others) or "-",
     ]

@@ -22,6 +22,9 @@ SIGMAS = 6.0  # five steps in a row never scatter so far, so most of this is lef
 MAD_TO_SIGMA = 1.4826  # for normal noise
 SPIKE_SIGMAS = 8.0  # one step alone is compared, and mixed batches have heavy tails
 SPIKE_MARGIN = 0.5  # of |median|: a batch of a harder domain is no spike
+SPIKE_REACH = (
+    1.5  # times the way from the median to the second highest: domains that come in bursts make two levels
+)
 VALIDATIONS = 5  # fewer say nothing about their own noise
 VALIDATION_WINDOW = 12  # the last ones, whose noise counts
 VALIDATION_SIGMAS = 4.0
@@ -93,11 +96,10 @@ WATCHES = (
     ),
     Watch(
         name="dead_experts",
-        pattern=r"experts/silent(/.*)?",
+        pattern=r"experts/silent/layer_\d+",  # their sum would say the same once more
         side="above",
         relative=0.5,
         absolute=0.5,  # one expert more
-        where="experts/silent",
         hint=f"experts get (nearly) no tokens any more; {BALANCE} the routing",
     ),
     Watch(
@@ -106,7 +108,7 @@ WATCHES = (
         pattern=r"experts/starving(/replayed)?",
         side="above",
         relative=0.5,
-        absolute=2.5,  # three more: two may come and go at the limit of what counts as starving
+        absolute=4.5,  # five more: single ones come and go at the limit of what counts as starving
         roots=3.0,
         where="experts/starving",
         hint=f"experts get hardly any tokens; {BALANCE} the routing; a small batch looks the same",
@@ -179,7 +181,8 @@ class EarlyWarning:
         if len(self._losses) < WARM_UP:
             return math.inf
         middle = median(self._losses)
-        return middle + max(SPIKE_SIGMAS * _sigma(self._losses), SPIKE_MARGIN * abs(middle))
+        reach = SPIKE_REACH * (sorted(self._losses)[-2] - middle)  # the highest may be a spike itself
+        return middle + max(SPIKE_SIGMAS * _sigma(self._losses), SPIKE_MARGIN * abs(middle), reach)
 
     def check(self, metrics: Mapping[str, float | None]) -> Iterator[tuple[str, Trouble | None]]:
         """(key of the band, what is wrong or None) of every band that the ``metrics`` of a step can be compared with.

@@ -46,7 +46,7 @@ class SourceConfig:
     split: str = "train"
     """Split, for `datasets` sources."""
     weight: float = 1.0
-    """Share of this source in the mixture, relative to the others."""
+    """Share of this source in the mixture, relative to the others; held-out sources have none."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "data.sources.*.weight", self.weight, "give a weight of 0 or more")
@@ -69,6 +69,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, "data", self, "max_prompt_tokens")
+        for name, source in self.eval_sources.items():
+            way_out = "held-out rows are all asked once; remove the key"
+            require(source.weight == 1, f"data.eval_sources.{name}.weight", source.weight, way_out)
 
 
 @dataclass(kw_only=True, slots=True)

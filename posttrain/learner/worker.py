@@ -374,6 +374,7 @@ class LearnerWorker:
         state = {
             "num_skipped": self.num_skipped,
             "expert_load": None if self.health is None else self.health.state(),
+            "silent_experts": None if self.health is None else self.health.silent.state(),
         }
         checkpoint.save(folder, self.engine, self.learner, state, self.base)
 
@@ -386,6 +387,7 @@ class LearnerWorker:
         self.num_skipped = int(state.get("num_skipped", 0))
         if self.health is not None:
             self.health.load_state(state.get("expert_load"))
+            self.health.silent.load_state(state.get("silent_experts"))
         self.trained = True
 
     # ---- parts ----

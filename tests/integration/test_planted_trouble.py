@@ -33,4 +33,5 @@ def test_every_kind_is_named(tmp_path: Path) -> None:
     assert [line["trouble"] for line in lines] == [plant.name for plant in PLANTS]
     for line in lines:
         assert line["named_after"] is not None and line["named_after"] <= BAR_STEPS, line
-        assert line["right_layer"] and line["false_alarms"] == [], line
+        assert line["right_layer"] in (True, None) and line["false_alarms"] == [], line
+    assert sum(line["right_layer"] is True for line in lines) == sum(p.layer is not None for p in PLANTS)

@@ -100,6 +100,11 @@ def test_mistyped_key_and_value(place, capsys):
     )
 
 
+def test_weight_of_a_held_out_source(place, capsys):
+    found = rl(capsys, "data.eval_sources.math.path=good.jsonl", "data.eval_sources.math.weight=2")
+    assert found.startswith("data.eval_sources.math.weight=2.0: held-out rows are all asked once; remove")
+
+
 def test_domain_without_reward(place, capsys):
     found = rl(capsys, "~rewards._target_", "rewards.code._target_=rewards.exact_match.ExactMatch")
     assert "rewards.math: domain 'math' without reward" in found and "rewards.math._target_" in found

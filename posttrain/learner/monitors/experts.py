@@ -18,11 +18,9 @@ from posttrain.learner.moe.balance import max_violation
 from posttrain.learner.moe.replay import LiveRouting, RouterReplay
 from posttrain.learner.monitors.gradients import weight_fragment
 from posttrain.learner.monitors.num_zeros import NumZeros, add_by_expert
+from posttrain.learner.monitors.silent_experts import SilentExperts
 
 STARVING_SHARE = 0.1  # of the mean load
-SILENT_STEPS = 5  # a batch without tokens for an expert is an accident, five in a row are not
-SILENT_SHARE = 0.02  # of its own load before; what a router no longer wants keeps a token now and then
-LEAST_TOKENS = 4.0  # a step; an expert with fewer has no token in five steps every now and then
 
 
 def pack(live: LiveRouting) -> Tensor:
@@ -37,6 +35,7 @@ class ExpertHealth:
     def __init__(self, replay: RouterReplay, num_zeros: NumZeros, window: int) -> None:
         self.replay = replay
         self.window: deque[Tensor] = deque(maxlen=window)  # per step [2, L, E]: live, replayed
+        self.silent = SilentExperts()
         self._shape = (2, replay.num_layers, replay.num_experts)
         # Adapters are not weights of experts: their norms would say nothing of the spread.
         self._slots = [s for s in num_zeros.slots if s.module_class == "routed_expert" and not s.is_adapter]
@@ -112,11 +111,9 @@ class ExpertHealth:
 
     def _silent(self) -> dict[str, float]:
         """Experts that fell silent, over all layers and by layer."""
-        if len(self.window) <= SILENT_STEPS:
-            return {}
-        silent = fell_silent(torch.stack([step[0] for step in self.window]))
+        silent_LE = self.silent.observe(self.window[-1][0])
         found = {
-            f"experts/silent/layer_{router.layer}": float(silent[row, : router.num_experts].sum())
+            f"experts/silent/layer_{router.layer}": float(silent_LE[row, : router.num_experts].sum())
             for row, router in enumerate(self.replay.routers)
             if not router.is_table
         }
@@ -147,13 +144,6 @@ class ExpertHealth:
             if len(weights):
                 add_by_expert(squares[slot.layer], slot, start, weights, _square_sums)
         return squares
-
-
-def fell_silent(loads_SLE: Tensor) -> Tensor:
-    """[L, E] bool: experts that got less than SILENT_SHARE of their former load in the last SILENT_STEPS of S > SILENT_STEPS
-    steps, and LEAST_TOKENS or more a step in those before. An expert that never had any is not among them."""
-    before, now = loads_SLE[:-SILENT_STEPS].mean(0), loads_SLE[-SILENT_STEPS:].mean(0)
-    return (now < SILENT_SHARE * before) & (before >= LEAST_TOKENS)
 
 
 def _square_sums(rows: Tensor) -> Tensor:
