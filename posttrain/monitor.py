@@ -59,7 +59,8 @@ class Monitor:
             if action is AlarmAction.stop and self._end is None:
                 self._end = (
                     f"tracking.alarms.{alarm.name}='stop': step {step}: {alarm.message}; the checkpoint of step {step} is"
-                    f" saved, and the same command goes on from it (of a run of its own algorithm.steps={step} makes the model)"
+                    " saved, and the same command goes on from it; to end there with a model give it"
+                    f" algorithm.steps={step}"
                 )
             save = save or action in (AlarmAction.save, AlarmAction.stop)
         self._count_skipped(metrics)

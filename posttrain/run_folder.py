@@ -53,7 +53,7 @@ class RunFolder:
         self.model = path / "model"
         self._checkpoints = path / "checkpoints"
         self._keep = cfg.checkpoint.keep
-        self._steps = getattr(getattr(cfg, "algorithm", None), "steps", None)
+        self._steps = _steps_of(cfg)
 
     @classmethod
     def open(cls, cfg: RunConfig) -> RunFolder:
@@ -76,6 +76,7 @@ class RunFolder:
             _move_aside(path, cfg)
         _check_inputs(path, cfg)
         _check_same_run(path, cfg)
+        _check_steps_to_go(path, cfg)
         folder._begin(cfg)
         return folder
 
@@ -210,6 +211,7 @@ def check_folder(cfg: RunConfig) -> None:
     _check_inputs(path, cfg)
     if not cfg.fresh:
         _check_same_run(path, cfg)
+        _check_steps_to_go(path, cfg)
 
 
 def command_of(cfg: RunConfig) -> str:
@@ -320,6 +322,27 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
             raise UserError(f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}; {way_out}")
     if isinstance(cfg, PipelineRun):
         check_steps(path, cfg)
+
+
+def _check_steps_to_go(path: Path, cfg: RunConfig) -> None:
+    """Refuse an unfinished run fewer steps than its newest checkpoint has: its model would be that of more steps."""
+    steps, pointer = _steps_of(cfg), path / "checkpoints" / "latest"
+    if steps is None or not pointer.exists() or (path / "finished.json").exists():
+        return
+    newest = _step_of(pointer.read_text().strip())
+    if newest <= steps:
+        return
+    kept = sorted(_step_of(p.name) for p in pointer.parent.glob("step_*"))
+    before = max((step for step in kept if step <= steps), default=None)
+    way_back = f"write step_{before} into {pointer} to go back to it" if before else "none before it was kept"
+    raise UserError(
+        f"algorithm.steps={steps}: the newest checkpoint in {path} is of step {newest}; give {newest} or more, or"
+        f" {way_back}"
+    )
+
+
+def _steps_of(cfg: RunConfig) -> int | None:
+    return getattr(getattr(cfg, "algorithm", None), "steps", None)
 
 
 def _changes(path: Path, cfg: RunConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import MISSING
@@ -48,9 +49,6 @@ class SourceConfig:
     weight: float = 1.0
     """Share of this source in the mixture, relative to the others; held-out sources have none."""
 
-    def __post_init__(self) -> None:
-        require(self.weight >= 0, "data.sources.*.weight", self.weight, "give a weight of 0 or more")
-
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
@@ -72,6 +70,13 @@ class DataConfig:
         for name, source in self.eval_sources.items():
             way_out = "held-out rows are all asked once; remove the key"
             require(source.weight == 1, f"data.eval_sources.{name}.weight", source.weight, way_out)
+        for name, source in self.sources.items():
+            key = f"data.sources.{name}.weight"
+            require(source.weight >= 0, key, source.weight, "give a weight of 0 or more")
+            is_any = any(other.weight > 0 for other in self.sources.values())
+            require(
+                is_any, key, source.weight, "no source has rows to draw; give one of them a weight above 0"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -317,7 +322,9 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         for name, action in self.alarms.items():
             key = f"tracking.alarms.{name}"
-            require(name in ALARMS, key, str(action), f"no such alarm; choose among {', '.join(ALARMS)}")
+            near = get_close_matches(name, ALARMS, 1)
+            meant = f"did you mean {near[0]}?" if near else f"choose among {', '.join(ALARMS)}"
+            require(name in ALARMS, key, str(action), f"no such alarm; {meant}")
             require(
                 action is not AlarmAction.skip or name in SKIPPABLE,
                 key,

@@ -105,6 +105,14 @@ def test_weight_of_a_held_out_source(place, capsys):
     assert found.startswith("data.eval_sources.math.weight=2.0: held-out rows are all asked once; remove")
 
 
+def test_weights_of_sources(place, capsys):
+    sources = ["data.path=null", "data.sources.a.path=good.jsonl", "data.sources.b.path=good.jsonl"]
+    found = rl(capsys, *sources, "data.sources.b.weight=-1")
+    assert found == "data.sources.b.weight=-1.0: give a weight of 0 or more"
+    found = rl(capsys, *sources, "data.sources.a.weight=0", "data.sources.b.weight=0")
+    assert found == "data.sources.a.weight=0.0: no source has rows to draw; give one of them a weight above 0"
+
+
 def test_domain_without_reward(place, capsys):
     found = rl(capsys, "~rewards._target_", "rewards.code._target_=rewards.exact_match.ExactMatch")
     assert "rewards.math: domain 'math' without reward" in found and "rewards.math._target_" in found

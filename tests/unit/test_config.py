@@ -159,7 +159,8 @@ def test_later_wins_and_an_entry_can_be_removed():
         ("pipeline", "rl.algorithm.signal=top_k", "rl.algorithm.signal='top_k': it is the teacher's"),
         ("sft", "data.sources.a.weight=1", "data.sources.a.path is missing: give data.sources.a.path="),
         ("sft", "name=${nowhere}", "name: "),
-        ("sft", "tracking.alarms.nam=warn", "tracking.alarms.nam='warn': no such alarm; choose among nan,"),
+        ("sft", "tracking.alarms.nam=warn", "tracking.alarms.nam='warn': no such alarm; did you mean nan?"),
+        ("sft", "tracking.alarms.zzz=warn", "tracking.alarms.zzz='warn': no such alarm; choose among nan,"),
         ("sft", "tracking.alarms.nan=halt", "tracking.alarms.nan=halt: choose warn, save, stop or skip"),
         (
             "rl",

@@ -285,6 +285,30 @@ def test_changed_weights_are_another_run(make, monkeypatch):
         RunFolder.open(make())
 
 
+def test_fewer_steps_than_the_newest_checkpoint_has_are_refused_with_the_way_back(make):
+    folder = RunFolder.open(make("sft", "algorithm.steps=100"))
+    for step in (50, 72):
+        folder.save(step, write_weights(f"{step}"), {})
+    folder.close()
+    before = contents(folder.path)
+    for ask in (run_folder.check_folder, RunFolder.open):
+        with pytest.raises(
+            UserError, match=r"^algorithm\.steps=60: the newest .* is of step 72; give 72 or more, or write"
+        ) as e:
+            ask(make("sft", "algorithm.steps=60"))
+        run_folder._locks.pop(folder.path, None)
+    assert f"write step_50 into {folder.path}/checkpoints/latest to go back to it" in str(e.value)
+    with pytest.raises(UserError, match="none before it was kept"):
+        run_folder.check_folder(make("sft", "algorithm.steps=40"))
+    assert contents(folder.path) == before
+    (folder.path / "checkpoints" / "latest").write_text("step_50\n")  # what the message says
+    resumed = RunFolder.open(make("sft", "algorithm.steps=60"))
+    assert resumed.latest().step == 50
+    resumed.close()
+    (folder.path / "checkpoints" / "latest").write_text("step_72\n")
+    assert RunFolder.open(make("sft", "algorithm.steps=72")).latest().step == 72
+
+
 def test_finished_and_more_steps(make):
     folder = RunFolder.open(make("sft", "algorithm.steps=5"))
     folder.finish()
