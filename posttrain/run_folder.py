@@ -326,9 +326,11 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
 
 def _check_steps_to_go(path: Path, cfg: RunConfig) -> None:
     """Refuse an unfinished run fewer steps than its newest checkpoint has: its model would be that of more steps."""
-    steps, pointer = _steps_of(cfg), path / "checkpoints" / "latest"
-    if steps is None or not pointer.exists() or (path / "finished.json").exists():
+    steps, pointer, record = _steps_of(cfg), path / "checkpoints" / "latest", path / "finished.json"
+    if steps is None or not pointer.exists():
         return
+    if record.exists() and (json.loads(record.read_text())["steps"] or 0) >= steps:
+        return  # finished before, nothing is made
     newest = _step_of(pointer.read_text().strip())
     if newest <= steps:
         return

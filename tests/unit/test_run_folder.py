@@ -306,7 +306,15 @@ def test_fewer_steps_than_the_newest_checkpoint_has_are_refused_with_the_way_bac
     assert resumed.latest().step == 50
     resumed.close()
     (folder.path / "checkpoints" / "latest").write_text("step_72\n")
-    assert RunFolder.open(make("sft", "algorithm.steps=72")).latest().step == 72
+    more = RunFolder.open(make("sft", "algorithm.steps=72"))
+    assert more.latest().step == 72
+    more.close()
+    (folder.path / "finished.json").write_text(
+        '{"steps": 50}'
+    )  # a run that got more steps, and died after 72
+    with pytest.raises(UserError, match=r"the newest checkpoint in .* is of step 72"):
+        run_folder.check_folder(make("sft", "algorithm.steps=60"))
+    run_folder.check_folder(make("sft", "algorithm.steps=50"))  # finished before
 
 
 def test_finished_and_more_steps(make):
