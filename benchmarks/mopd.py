@@ -48,6 +48,7 @@ TEACHER_RATES = (2e-4, 4e-4)
 RL_RATES = (2e-4, 4e-4)
 SFT_RATES = (3e-4, 1e-3, 2e-3)
 TUNING_SEED = 0
+TOP_K = "mopd.algorithm.top_k=8"  # the default of 64 would be most of the tiny vocabulary of 90
 # As many answers a step as the student without the outcome term, in groups of 8 as in RL.
 ORM = (
     "mopd.algorithm.alpha=1",
@@ -97,8 +98,8 @@ ROWS = {
         _mopd(core=True),
         _mopd("mopd.algorithm.aggregation=token_mean", name="mopd_token_mean"),
         _mopd("mopd.algorithm.aggregation=token_mean_balanced", name="mopd_balanced"),
-        _mopd("mopd.algorithm.signal=top_k", name="mopd_top_k"),
-        _mopd("mopd.algorithm.signal=top_k_renorm", name="mopd_top_k_renorm"),
+        _mopd("mopd.algorithm.signal=top_k", TOP_K, name="mopd_top_k"),
+        _mopd("mopd.algorithm.signal=top_k_renorm", TOP_K, name="mopd_top_k_renorm"),
         _mopd("mopd.algorithm.signal=full", name="mopd_full"),
         _mopd(*ORM, name="mopd_orm"),
         Row(name="mix_rl", make=lambda s, lr: s.mixed(lr, "mix_rl", _budget(s)), grid=RL_RATES, core=True),
@@ -139,6 +140,9 @@ def choose(row: Row, s: Seed) -> Any:
         with s.aside():
             accuracy = [_mean_accuracy(s, row, value) for value in grid]
         best = grid[int(np.argmax(accuracy))]
+        chosen = (
+            json.loads(file.read_text()) if file.exists() else {}
+        )  # another process may have written since
         chosen[key] = {
             "value": best,
             "seed": s.seed,

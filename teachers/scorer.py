@@ -23,6 +23,7 @@ __all__ = ["Scorer", "TeacherScoreError", "plan_batches", "token_logprobs"]
 
 SOFTMAX_CHUNK_ELEMENTS = 2**26  # float32 logits that exist at once: 256 MiB
 PROBE_TOKENS = 16
+CALL_TOKENS = 256  # what a forward costs beside its tokens, in tokens; benchmarks/teacher_scoring.py
 
 
 class Scorer:
@@ -152,15 +153,28 @@ class Scorer:
 
 
 def plan_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the sequences of each batch, longest first: rows x longest row stays within ``max_tokens``."""
+    """Indices of the sequences of each batch, longest first: rows x longest row stays within ``max_tokens``.
+
+    Of all ways to cut the sorted sequences the one with the fewest tokens, padding and `CALL_TOKENS` a batch included,
+    found by dynamic programming over the first sequence of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    cost = np.full(len(order) + 1, np.inf)  # of the first n sequences
+    cost[0] = 0.0
+    starts = np.zeros(len(order) + 1, dtype=np.int64)  # of the batch that ends before n
+    for start, index in enumerate(order):
+        longest = max(lengths[index], 1)
+        num_rows = np.arange(1, min(max(max_tokens // longest, 1), len(order) - start) + 1)
+        total = cost[start] + CALL_TOKENS + num_rows * longest
+        less = total < cost[start + num_rows]
+        cost[start + num_rows[less]] = total[less]
+        starts[start + num_rows[less]] = start
     batches: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * longest > max_tokens:
-            batches.append([])
-            longest = lengths[index]
-        batches[-1].append(index)
-    return batches
+    end = len(order)
+    while end:
+        batches.append(order[starts[end] : end])
+        end = int(starts[end])
+    return batches[::-1]
 
 
 def token_logprobs(

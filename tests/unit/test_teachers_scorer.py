@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.config import Dtype, ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
 from teachers import scorer as scorer_module
-from teachers.scorer import Scorer, TeacherScoreError, plan_batches
+from teachers.scorer import CALL_TOKENS, Scorer, TeacherScoreError, plan_batches
 from teachers.teacher import Teacher
 from teachers.worker import TeacherWorker
 from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
@@ -214,6 +215,36 @@ def test_batches_hold_like_lengths_within_the_limit() -> None:
     batches = plan_batches(lengths, max_tokens=200)
     assert batches == [[5], [1, 3], [2, 4, 0]]
     assert plan_batches([], 10) == []
+    assert plan_batches([0, 3, 0], max_tokens=9) == [[1, 0, 2]]
+
+
+def test_batches_are_cut_where_padding_costs_more_than_a_call() -> None:
+    assert plan_batches([1000, 10, 10], max_tokens=8192) == [[0], [1, 2]]
+    assert plan_batches([300, 290, 280], max_tokens=8192) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_cut_costs_fewer_tokens(seed: int) -> None:
+    """Against every way to cut the sorted sequences."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 600, 9).tolist()
+    max_tokens = int(rng.integers(300, 3000))
+
+    def cost(batches: list[list[int]]) -> float:
+        sizes = [(len(batch), max(lengths[i] for i in batch)) for batch in batches]
+        over = any(rows > 1 and rows * longest > max_tokens for rows, longest in sizes)
+        return np.inf if over else sum(CALL_TOKENS + rows * max(longest, 1) for rows, longest in sizes)
+
+    order = sorted(range(9), key=lambda i: -lengths[i])
+    every = []
+    for cuts in itertools.product((False, True), repeat=8):
+        batches = [[order[0]]]
+        for index, cut in zip(order[1:], cuts, strict=True):
+            batches.append([index]) if cut else batches[-1].append(index)
+        every.append(cost(batches))
+    found = plan_batches(lengths, max_tokens)
+    assert sorted(i for batch in found for i in batch) == list(range(9))
+    assert cost(found) == min(every)
 
 
 def make_group(token_ids: list[np.ndarray], statuses: list[RolloutStatus]) -> RolloutGroup:
