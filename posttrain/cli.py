@@ -149,8 +149,7 @@ def _start(command: str, cfg: RunConfig) -> int:
 
     report = validate(cfg)
     if cfg.dry_run:
-        check_folder(cfg)
-        print_plan(command, cfg, report)
+        print_plan(command, cfg, report, check_folder(cfg))
         return 0
     made = import_module(f"posttrain.runs.{MODULES[command]}").run(cfg)
     if command in TRAINING:

@@ -106,16 +106,17 @@ def closing_line(command: str, cfg: RunConfig) -> str:
     return f"dry run of `posttrain {command}`: everything checked{but}; nothing started"
 
 
-def print_plan(command: str, cfg: RunConfig, report: Report) -> None:
-    """The resolved configuration, then what was checked and would run."""
+def print_plan(command: str, cfg: RunConfig, report: Report, folder: str) -> None:
+    """The resolved configuration, then what was checked and would run; ``folder`` says where it would start."""
     import yaml
 
     print(yaml.safe_dump(plain(cfg), sort_keys=False, width=100), end="")
     console = Console()
+    console.print(f"\nfolder    {folder}", soft_wrap=True, highlight=False, markup=False)
     model = report.model
     kind = f"{model.num_experts} experts a layer" if model.num_experts else "dense"
     console.print(
-        f"\nmodel     {model.path}: {model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters, {kind}",
+        f"model     {model.path}: {model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters, {kind}",
         soft_wrap=True,
         highlight=False,
     )

@@ -200,8 +200,11 @@ class RunFolder:
         )
 
 
-def check_folder(cfg: RunConfig) -> None:
-    """What `RunFolder.open` refuses about name and folder, without a change on the disk.
+def check_folder(cfg: RunConfig) -> str:
+    """What `RunFolder.open` refuses about name and folder, without a change on the disk; and where the run would start.
+
+    Returns:
+        The folder, and whether the run would begin, go on or do nothing there: a line for the plan.
 
     Raises:
         UserError: not a plain name, or the folder belongs to another run.
@@ -209,9 +212,21 @@ def check_folder(cfg: RunConfig) -> None:
     path = (Path(cfg.runs_dir) / cfg.name).absolute()
     _check_name(cfg)
     _check_inputs(path, cfg)
-    if not cfg.fresh:
-        _check_same_run(path, cfg)
-        _check_steps_to_go(path, cfg)
+    if cfg.fresh:
+        former = ", what is there is moved aside" if any((path / name).exists() for name in RUN_FILES) else ""
+        return f"{path}: would begin{former} (fresh=true)"
+    _check_same_run(path, cfg)
+    _check_steps_to_go(path, cfg)
+    if not (path / "config.yaml").exists():
+        return f"{path}: would begin"
+    if RunFolder(path, cfg).finished:
+        return f"{path}: finished before, nothing to do"
+    if isinstance(cfg, PipelineRun):
+        return f"{path}: would go on, stages that are finished are not run again"
+    pointer = path / "checkpoints" / "latest"
+    if not pointer.exists():
+        return f"{path}: would go on; it has no checkpoint"
+    return f"{path}: would resume after step {_step_of(pointer.read_text().strip())}"
 
 
 def command_of(cfg: RunConfig) -> str:

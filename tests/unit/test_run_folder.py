@@ -317,6 +317,21 @@ def test_fewer_steps_than_the_newest_checkpoint_has_are_refused_with_the_way_bac
     run_folder.check_folder(make("sft", "algorithm.steps=50"))  # finished before
 
 
+def test_the_plan_says_where_a_run_would_start(make):
+    def where(*overrides):
+        return run_folder.check_folder(make("sft", "algorithm.steps=100", *overrides)).partition(": ")[2]
+
+    assert where() == "would begin" and where("fresh=true") == "would begin (fresh=true)"
+    folder = RunFolder.open(make("sft", "algorithm.steps=100"))
+    assert where() == "would go on; it has no checkpoint"
+    folder.save(50, write_weights("50"), {})
+    assert where() == "would resume after step 50"
+    assert where("fresh=true") == "would begin, what is there is moved aside (fresh=true)"
+    folder.finish()
+    assert where() == "finished before, nothing to do"
+    assert where("algorithm.steps=120") == "would resume after step 50"
+
+
 def test_finished_and_more_steps(make):
     folder = RunFolder.open(make("sft", "algorithm.steps=5"))
     folder.finish()

@@ -84,7 +84,7 @@ def test_a_good_run_is_counted(world, command, capsys):
         )
     if command == "mopd":
         assert {(row.domain, row.verdict) for row in report.teachers} == {("code", "ok"), ("math", "ok")}
-    print_plan(command, cfg, report)
+    print_plan(command, cfg, report, "runs/x: would begin")
     out = capsys.readouterr().out
     assert "MiMoV2FlashForCausalLM" in out and "nothing started" in out and "math 2" in out
 
@@ -108,7 +108,7 @@ def test_processes_of_each_run(world):
 def test_a_dry_run_says_what_it_cannot_check(world, capsys):
     def shown(command: str, *overrides: str) -> str:
         cfg = config(world, command, *overrides)
-        print_plan(command, cfg, validate(cfg))
+        print_plan(command, cfg, validate(cfg), "runs/x: would begin")
         return " ".join(capsys.readouterr().out.split())
 
     assert "everything checked; nothing started" in shown("sft")
@@ -411,7 +411,7 @@ def test_a_default_teacher_and_an_adapter_are_shown(world, tmp_path, capsys):
     report = validate(cfg)
     assert {(r.domain, r.verdict) for r in report.teachers} == {("code", "ok"), ("math", "ok")}
     assert {(r.domain, r.gate) for r in report.teachers if "adapter" in r.gate} == {("math", "adapter")}
-    print_plan("mopd", cfg, report)
+    print_plan("mopd", cfg, report, "runs/x: would begin")
     assert f"math: {tmp_path}/lora (transformers; ok)" in capsys.readouterr().out
 
 
@@ -424,7 +424,7 @@ def test_a_dry_run_says_what_is_wrong_and_accepted(world, capsys):
     cfg = config(world, "mopd", *overrides)
     report = validate(cfg)
     assert {row.domain for row in report.teachers} == {"math"}
-    print_plan("mopd", cfg, report)
+    print_plan("mopd", cfg, report, "runs/x: would begin")
     assert "self_teacher accepted: its tensors are the student's" in capsys.readouterr().out
     found = refusal(world, "mopd", *overrides[:-1])
     assert found.startswith(f"teachers.default.path='{world}/mimo': its tensors are the student's")
