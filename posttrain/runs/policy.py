@@ -44,6 +44,7 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
     folder = RunFolder.open(cfg)
     if folder.finished:
         print(f"{folder.path}: finished before; nothing to do")
+        folder.close()
         return str(folder.model)
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     prompts = training_prompts(cfg, tokenizer)

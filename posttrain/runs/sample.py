@@ -43,6 +43,7 @@ def run(cfg: SampleRun, engines: Engines | None = None) -> str:
     folder = RunFolder.open(cfg)
     if folder.finished:
         print(f"{folder.path}: finished before; nothing to do")
+        folder.close()
         return str(folder.path / OUTPUT)
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     loaded = load_prompts(cfg.data, tokenizer, room(cfg.rollout), domain=cfg.domain)

@@ -31,6 +31,7 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
     folder = RunFolder.open(cfg)
     if folder.finished:
         print(f"{folder.path}: finished before; nothing to do")
+        folder.close()
         return str(folder.model)
     scheduler = Scheduler(
         *conversations(cfg),

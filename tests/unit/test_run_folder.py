@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,23 @@ def test_finished_and_more_steps(make):
     folder.finish()
     assert RunFolder.open(make("sft", "algorithm.steps=5")).finished
     assert not RunFolder.open(make("sft", "algorithm.steps=9")).finished
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        ("sft", ()),
+        ("rl", ("rewards._target_=a.B",)),
+        ("mopd", ("teachers.math.path=/t",)),
+        ("sample", ("domain=math",)),
+    ],
+)
+def test_a_finished_run_is_let_go_of(make, command, overrides):
+    """A driver that only looks at a finished run keeps no other process from it."""
+    cfg = make(command, *overrides)
+    RunFolder.open(cfg).finish()
+    made = import_module(f"posttrain.runs.{command}").run(cfg)
+    assert Path(made).name in ("model", "samples.jsonl") and not run_folder._locks
 
 
 def test_a_finished_run_keeps_its_record(make, capsys):
