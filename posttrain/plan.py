@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.config import (
+    DataConfig,
     Dtype,
     EvalRun,
     LearnerConfig,
@@ -22,6 +23,7 @@ from posttrain.config import (
     SFTRun,
     TeacherBackend,
 )
+from posttrain.data.sources import source_weights
 from posttrain.gpus import gpus_of, learners_of, num_gpus, teacher_processes
 from posttrain.run_folder import plain
 from posttrain.validate import Report
@@ -130,6 +132,11 @@ def print_plan(command: str, cfg: RunConfig, report: Report, folder: str) -> Non
             console.print(
                 f"{name:<9} " + ", ".join(f"{domain} {n:,}" for domain, n in counts.items()), highlight=False
             )
+    for key, data in _training_data(cfg):
+        weights = source_weights(data)
+        if len(weights) > 1:
+            shares = ", ".join(f"{name} {w / sum(weights.values()):.1%}" for name, w in weights.items())
+            console.print(f"mixture   {key}: {shares}", soft_wrap=True, highlight=False, markup=False)
     for domain, named in {row.domain: row for row in report.teachers}.items():
         words = "; ".join(_gates([row for row in report.teachers if row.domain == domain])) or "ok"
         text = f"teacher   {domain}: {named.path} ({named.backend}; {words})"
@@ -139,6 +146,15 @@ def print_plan(command: str, cfg: RunConfig, report: Report, folder: str) -> Non
     if processes(cfg, None):
         console.print(process_table(cfg, model.num_parameters, "would start"))
     console.print(closing_line(command, cfg), soft_wrap=True, highlight=False)
+
+
+def _training_data(cfg: RunConfig) -> list[tuple[str, DataConfig]]:
+    """What is drawn from by weight, with its key. A domain alone has no mixture."""
+    if isinstance(cfg, PipelineRun):
+        return [("sft_data", cfg.sft_data), ("data", cfg.data)]
+    if isinstance(cfg, SFTRun) or (isinstance(cfg, PolicyRun) and cfg.domain is None):
+        return [("data", cfg.data)]
+    return []
 
 
 def _gates(rows: list[GateRow]) -> list[str]:

@@ -122,6 +122,19 @@ def test_a_dry_run_says_what_it_cannot_check(world, capsys):
     assert "but the targets of learner.lora" in shown("pipeline", "rl.learner.lora.rank=2")
 
 
+def test_a_dry_run_says_the_mixture(world, capsys):
+    def shown(*overrides: str) -> str:
+        cfg = config(world, *overrides)
+        print_plan(overrides[0], cfg, validate(cfg), "runs/x: would begin")
+        return capsys.readouterr().out
+
+    two = ["data.path=null", "data.sources.code.path=" + f"{world}/prompts.jsonl"]
+    two += [f"data.sources.math.path={world}/prompts.jsonl", "data.sources.math.weight=3"]
+    assert "mixture" not in shown("rl")
+    assert "mixture   data: code 25.0%, math 75.0%" in shown("rl", *two)
+    assert "mixture" not in shown("rl", *two, "domain=math")
+
+
 def test_rl_of_one_domain(world):
     assert validate(config(world, "rl", "domain=math")).num_prompts == {"math": 2}
     assert "domain='law'" in refusal(world, "rl", "domain=law")
