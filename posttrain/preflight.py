@@ -42,6 +42,7 @@ EXAMINED_TOKENS = 128
 MAX_SCORE_GAP = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.05}
 MAX_NOISE = {Dtype.float32: 0.01, Dtype.bfloat16: 0.3}
 FOREIGN_KL = 0.12  # between the published 0.04 of one origin and 0.19 of a foreign teacher; only where weights say nothing
+LEAST_GAP = 1e-3  # mean |log-ratio| below which a teacher says what the student says
 SELF_GAP = 0.1  # a teacher that is the student differs by the engine's rounding alone
 SWAP_LOG_RATIO = -0.7  # pairs of domains below this look swapped
 MAX_TRUNCATED = 0.5
@@ -225,6 +226,10 @@ def kl_row(subject: Subject, gaps: np.ndarray, limit: float, cosine: float | Non
         )
         way_out = "choose a teacher of this student's family or raise the limit"
         return subject.red("initial_kl", value, problem, way_out, mean)
+    if mean < LEAST_GAP and is_start and not subject.teacher.is_student:
+        problem = f"it agrees with the student to {mean:.1e} nat per token on its own samples: nothing to teach there"
+        way_out = f"see that it is the trained model; a teacher that is the student on purpose is {subject.teacher.key}.self=true"
+        return subject.warn("initial_kl", value, problem, way_out, mean)
     if cosine is None and kl > FOREIGN_KL:
         problem = f"KL {kl:.3f} nat per token is that of a foreign teacher (about 0.19; 0.04 for one origin)"
         way_out = "watch length, truncation and entropy of the first 30 steps"

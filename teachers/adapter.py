@@ -1,8 +1,8 @@
 """A LoRA adapter in PEFT's format, read from its files alone and compared with the base that it is to sit on.
 
-Refuses pickled weights, other kinds of adapter, ranks that contradict `adapter_config.json`, shapes of another base,
-and an adapter that names a base with other weights; the gate `adapter` looks at its values. What only the loaded model can tell (modules that are not there)
-is refused by `teachers.lora`.
+Refuses pickled weights, other kinds of adapter, ranks that contradict `adapter_config.json` and shapes of another base;
+the gate `adapter` looks at its values and at the base that it names. What only the loaded model can tell (modules that are
+not there) is refused by `teachers.lora`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from posttrain.config import UserError
 from teachers.checkpoint import TensorEntry, locate, read_header, read_json, read_tensors
 from teachers.fingerprint import fingerprint, hash_tensors
 from teachers.gates import GateRow, Subject
-from teachers.weights import READABLE, read_whole
+from teachers.tensor_values import READABLE, read_whole
+from teachers.weights import compare_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -27,6 +28,13 @@ REFUSED = (
     "trainable_token_indices",
     "layer_replication",
 )  # they replace parts of the base
+REWRITING = (
+    "pissa",
+    "olora",
+    "loftq",
+    "corda",
+    "lora_ga",
+)  # initialisations that change the base's own weights
 
 
 def read_adapter(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
@@ -74,23 +82,28 @@ def check_adapter(adapter: str, base: str, key: str) -> None:
             f"{key}={adapter!r}: {', '.join(replaced) or 'bias'} changes the base itself, which other adapters share;"
             " merge it into a checkpoint and give that as path"
         )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(REWRITING):
+        raise UserError(
+            f"{key}={adapter!r}: init_lora_weights is {init!r}, which rewrites the base as the adapter is put on it, and other"
+            " adapters share it; save it with save_pretrained(..., path_initial_model_for_weight_conversion=...) or merge it"
+        )
     if whole := sorted(name for name in tensors if ".lora_" not in name):
         raise UserError(
             f"{key}={adapter!r}: {whole[0]} is a weight of the base itself, which other adapters share; save the adapter"
             " with save_pretrained(..., save_embedding_layers=False)"
         )
-    _check_named_base(config, adapter, base, key)
     _check_shapes(config, tensors, adapter, base, key)
 
 
-def adapter_row(subject: Subject) -> GateRow:
-    """The gate `adapter` of a teacher whose adapter passed `check_adapter`: finite tensors, and a lora_B that is not all
-    zero, as it is before the first step of training."""
+def adapter_row(subject: Subject, base: str) -> GateRow:
+    """The gate `adapter` of a teacher whose adapter passed `check_adapter`: finite tensors, some that do something, and the
+    base that it was trained on, ``base`` being the folder of the present one."""
     teacher = subject.teacher
     assert teacher.adapter is not None
     key = f"{teacher.key}.adapter"
-    _, tensors = read_adapter(_folder(teacher.adapter, key), key)
-    does_something = False
+    config, tensors = read_adapter(_folder(teacher.adapter, key), key)
+    moved = {}
     for name, entry in tensors.items():
         if entry.dtype not in READABLE:
             return subject.warn(
@@ -100,15 +113,28 @@ def adapter_row(subject: Subject) -> GateRow:
         if not np.isfinite(values).all():
             problem = f"{name} holds NaN or infinite values ({int((~np.isfinite(values)).sum())})"
             return subject.red("adapter", "broken", problem, "save or copy the adapter again")
-        does_something |= ".lora_B." in name and bool(values.any())
-    if does_something:
-        return subject.ok("adapter", f"{len(tensors)} tensors")
+        moved[name] = bool(values.any())
+    named = config.get("base_model_name_or_path")
+    is_base = _is_base(str(named), base, key) if named else None
+    if is_base is False:
+        return subject.red(
+            "adapter",
+            "another base",
+            f"it was trained on {named!r}, whose weights are not those of {base!r}",
+            f"give {teacher.key}.path={named}",
+        )
+    is_scaled = bool(config.get("lora_alpha", 8)) or bool(config.get("alpha_pattern"))
+    if is_scaled and any(
+        moved[a] and moved.get(a.replace(".lora_A.", ".lora_B.")) for a in moved if ".lora_A." in a
+    ):
+        where = "" if is_base else ", base not compared"
+        return subject.ok("adapter", f"{len(tensors)} tensors{where}")
     if teacher.is_student:
         return subject.ok("adapter", "no effect, on purpose")
     return subject.red(
         "adapter",
         "no effect",
-        f"every lora_B is zero: it computes what its base {teacher.path!r} computes",
+        f"lora_alpha, or lora_A or lora_B of every module, is zero: it computes what its base {teacher.path!r} computes",
         f"give the trained adapter, or the base alone as {teacher.key}.path",
     )
 
@@ -120,18 +146,17 @@ def _folder(adapter: str, key: str) -> Path:
     return folder
 
 
-def _check_named_base(config: dict[str, Any], adapter: str, base: str, key: str) -> None:
-    """Weights, not names, decide: a checkpoint may have moved. A base that is not here is judged by shapes alone."""
-    named = config.get("base_model_name_or_path")
+def _is_base(named: str, base: str, key: str) -> bool | None:
+    """Whether the checkpoint that the adapter names holds the weights of ``base``, in whatever type; None where it is not
+    here. Weights, not names, decide: a checkpoint may have moved."""
     try:  # the folder in which it was trained may be on another machine, or gone
-        other = fingerprint(str(locate(str(named), key)), key) if named else None
+        other = str(locate(named, key))
+        if fingerprint(other, key) == fingerprint(base, key):
+            return True
+        pair = read_tensors(Path(other), key), read_tensors(Path(base), key)
     except UserError:
-        return
-    if other is not None and other != fingerprint(base, key.replace(".adapter", ".path")):
-        raise UserError(
-            f"{key}={adapter!r}: it was trained on {named!r}, whose weights are not those of {base!r}; give"
-            f" {key.replace('.adapter', '.path')}={named}"
-        )
+        return None
+    return compare_weights(*pair, vocab_size=0).is_student
 
 
 def _check_shapes(

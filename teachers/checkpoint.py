@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain.config import UserError
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format
 
@@ -77,7 +78,7 @@ def read_tensors(folder: Path, key: str) -> dict[str, TensorEntry]:
             tensors[entry.name] = entry
     index_file = folder / INDEX_NAME
     if index_file.exists():
-        promised = read_json(index_file, folder, key)["weight_map"]
+        promised = _weight_map(folder, key)
         absent = sorted(set(promised) - set(tensors))
         if absent:
             raise UserError(
@@ -89,20 +90,31 @@ def read_tensors(folder: Path, key: str) -> dict[str, TensorEntry]:
 
 
 def _weight_files(folder: Path, key: str) -> list[Path]:
-    index_file = folder / INDEX_NAME
-    if index_file.exists():
-        names = sorted(set(read_json(index_file, folder, key)["weight_map"].values()))
+    if (folder / INDEX_NAME).exists():
+        if (folder / SINGLE_NAME).exists():
+            raise UserError(
+                f"{key}={str(folder)!r}: it holds {SINGLE_NAME} and {INDEX_NAME}: Transformers loads the first, vLLM what"
+                " the second names; remove the stale one"
+            )
+        names = sorted(set(_weight_map(folder, key).values()))
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(
                     f"{key}={str(folder)!r}: the shard {name} named in {INDEX_NAME} is missing; copy it there"
                 )
         return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
     pickled = sorted(folder.glob("*.bin"))
     hint = "pickled weights are not read; save it with save_pretrained" if pickled else "is it a checkpoint?"
-    raise UserError(f"{key}={str(folder)!r}: neither model.safetensors nor {INDEX_NAME} is there; {hint}")
+    raise UserError(f"{key}={str(folder)!r}: neither {SINGLE_NAME} nor {INDEX_NAME} is there; {hint}")
+
+
+def _weight_map(folder: Path, key: str) -> dict[str, str]:
+    found = read_json(folder / INDEX_NAME, folder, key).get("weight_map")
+    if not isinstance(found, dict):
+        raise UserError(f"{key}={str(folder)!r}: {INDEX_NAME} has no weight_map; copy it again")
+    return found
 
 
 def read_header(file: Path, folder: Path, key: str) -> list[TensorEntry]:
@@ -146,12 +158,15 @@ def read_header(file: Path, folder: Path, key: str) -> list[TensorEntry]:
 
 
 def read_json(file: Path, folder: Path, key: str) -> dict[str, Any]:
-    """Content of a JSON file of ``folder``. Raises `UserError` when it is not there or not JSON."""
+    """Content of a JSON file of ``folder``. Raises `UserError` when it is not there or no JSON object."""
     if not file.is_file():
         raise UserError(
             f"{key}={str(folder)!r}: {file.name} is missing; give a Hugging Face checkpoint directory"
         )
     try:  # a file of someone else
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{key}={str(folder)!r}: {file.name} is not JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{key}={str(folder)!r}: {file.name} holds no JSON object; copy it again")
+    return content

@@ -1,6 +1,7 @@
 """Fingerprint of a checkpoint's (or adapter's) weights: the same for equal tensors, however they are cut into shards.
 
-Owns the hash and its cache (per process, by path, modification time and size of every shard). Says nothing of
+Owns the hash and its cache (per process, by the names of the tensors and by path, modification time and size of every
+shard). Says nothing of
 config or tokenizer, which `teachers.preflight` compares.
 """
 
@@ -15,7 +16,7 @@ from teachers.checkpoint import TensorEntry, locate, read_tensors
 CHUNK_BYTES = 8 * 2**20
 NUM_THREADS = 4  # hashlib releases the interpreter lock
 
-_cache: dict[tuple[tuple[str, int, int], ...], str] = {}
+_cache: dict[tuple[tuple[tuple[str, int, int], ...], tuple[str, ...]], str] = {}
 
 
 def fingerprint(path: str, key: str = "path", revision: str | None = None) -> str:
@@ -33,7 +34,7 @@ def num_bytes(path: str, key: str = "path") -> int:
 
 def hash_tensors(tensors: dict[str, TensorEntry]) -> str:
     """`fingerprint` of tensors whose headers are read already."""
-    stamp = _stamp({entry.file for entry in tensors.values()})
+    stamp = _stamp({entry.file for entry in tensors.values()}), tuple(sorted(tensors))
     if stamp not in _cache:
         _cache[stamp] = _hash([tensors[name] for name in sorted(tensors)])
     return _cache[stamp]

@@ -23,6 +23,7 @@ GATES = {
     "special_tokens": "the same begin, end and special marks",
     "chat_template": "the student's chat template",
     "tokenizer": "the same text gives the same ids",
+    "config": "the student's settings of the forward",
     "revision": "the revision that was asked for",
     "self_teacher": "another model than the student",
     "shared": "another model than the other domains' teachers",

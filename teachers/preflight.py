@@ -8,7 +8,6 @@ need scores are in `posttrain.preflight`.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +18,14 @@ from teachers.adapter import adapter_row, check_adapter
 from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
 from teachers.fingerprint import fingerprint
 from teachers.gates import GateRow, Subject
+from teachers.settings import differences
 from teachers.tokenization import same_ids
+from teachers.tokenizer_files import SPECIAL_TOKENS, TokenizerFiles, read_tokenizer, same_template
 from teachers.weights import FOREIGN_COSINE, SAME_COSINE, WeightReport, compare_weights
 
-# The pad token is left out: nobody samples it, and fine-tuned checkpoints often change it.
-SPECIAL_TOKENS = ("bos_token", "eos_token")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _reports: dict[tuple[str, str], WeightReport] = {}  # by fingerprints of teacher and student
-
-
-@dataclass(kw_only=True, slots=True)
-class TokenizerFiles:
-    """What decides whether two checkpoints read the same token ids in the same way."""
-
-    vocabulary: dict[str, int]
-    special: dict[str, str | None]  # role -> token
-    special_ids: frozenset[int]
-    chat_template: str | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +33,7 @@ class Student:
     """What every teacher is compared with."""
 
     folder: Path
+    config: dict[str, Any]
     tokens: TokenizerFiles
     vocab_size: int
     tensors: dict[str, TensorEntry]
@@ -53,10 +43,12 @@ class Student:
     def read(cls, model: ModelConfig) -> Student:
         """Raises `UserError` naming model.path."""
         folder = locate(model.path, "model.path", model.revision)
+        config = read_config(folder, "model.path")
         return cls(
             folder=folder,
+            config=config,
             tokens=read_tokenizer(folder, "model.path"),
-            vocab_size=vocab_size_of(read_config(folder, "model.path")),
+            vocab_size=vocab_size_of(config, folder, "model.path"),
             tensors=read_tensors(folder, "model.path"),
             fingerprint=fingerprint(str(folder), "model.path"),
         )
@@ -85,24 +77,25 @@ class _Gates:
             config = read_config(folder, self.key)
             tensors = read_tensors(folder, self.key)
             tokens = read_tokenizer(folder, self.key)
+            vocab_size = vocab_size_of(config, folder, self.key)
             if adapter is not None:
                 check_adapter(adapter, str(folder), self.teacher.key)
         except UserError as error:
             return [self.subject.refused("files", "unreadable", error)]
         rows = [self._ok("files", f"{len(tensors)} tensors")]
-        rows += [self._vocabulary(tokens, vocab_size_of(config)), self._special(tokens)]
+        rows += [self._vocabulary(tokens, vocab_size), self._special(tokens)]
         rows += [self._template(tokens), self._tokenizer(folder), *self._revision(folder)]
+        rows.append(self._config(config, tensors))
         if adapter is not None:
-            rows.append(adapter_row(self.subject))
+            rows.append(adapter_row(self.subject, str(folder)))
         if self.weights:
             own = fingerprint(str(folder), self.key)
             if (own, self.student.fingerprint) not in _reports:
-                report = compare_weights(tensors, self.student.tensors, self.student.vocab_size)
+                num_tokens = 1 + max(self.student.tokens.vocabulary.values(), default=self.student.vocab_size)
+                report = compare_weights(tensors, self.student.tensors, self.student.vocab_size, num_tokens)
                 _reports[own, self.student.fingerprint] = report
             report = _reports[own, self.student.fingerprint]
-            if config.get("tie_word_embeddings"):
-                report.missing = [name for name in report.missing if name != "lm_head.weight"]
-            rows += [self._identity(own, report), self._tensors(report)]
+            rows += [self._identity(own, report), self._tensors(report, config)]
             rows += [self._broken(report), self._origin(report)]
         return rows
 
@@ -146,7 +139,7 @@ class _Gates:
         return self._ok("special_tokens", f"{len(theirs.special_ids)} marks")
 
     def _template(self, tokens: TokenizerFiles) -> GateRow:
-        if tokens.chat_template == self.student.tokens.chat_template:
+        if same_template(tokens.chat_template, self.student.tokens.chat_template):
             return self._ok("chat_template", "equal")
         return self._red(
             "chat_template",
@@ -193,6 +186,34 @@ class _Gates:
             ]
         return [self._ok("revision", there[:8])]
 
+    def _config(self, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> GateRow:
+        """Tensors of one name and shape (rows of the vocabulary left out) are those of one architecture."""
+        shapes, ours = (
+            {name: entry.shape[-1] for name, entry in found.items()}
+            for found in (tensors, self.student.tensors)
+        )
+        shapes.pop("lm_head.weight", None)
+        ours.pop("lm_head.weight", None)
+        if shapes != ours:
+            return self._ok("config", "another shape")
+        wrong, unclear = differences(config, self.student.config)
+        way_out = "see that its config.json is the one that it was trained with"
+        if wrong:
+            return self._red(
+                "config",
+                f"{len(wrong)} differ",
+                f"its config.json makes another model of the same tensors: {', '.join(wrong[:3])}",
+                way_out,
+            )
+        if unclear:
+            return self._warn(
+                "config",
+                f"{len(unclear)} differ",
+                f"its config.json differs from the student's: {', '.join(unclear[:3])}",
+                way_out,
+            )
+        return self._ok("config", "as the student's")
+
     def _identity(self, own: str, report: WeightReport) -> GateRow:
         is_student = own == self.student.fingerprint or report.is_student
         key = f"{self.teacher.key}.self"
@@ -216,12 +237,15 @@ class _Gates:
             f"give the trained teacher, or say that it is meant: {key}=true",
         )
 
-    def _tensors(self, report: WeightReport) -> GateRow:
-        if report.missing:
+    def _tensors(self, report: WeightReport, config: dict[str, Any]) -> GateRow:
+        # A tied head is the embedding. Of a student with a head of its own it is missing all the same.
+        is_tied = config.get("tie_word_embeddings") and self.student.config.get("tie_word_embeddings")
+        missing = [name for name in report.missing if not (is_tied and name == "lm_head.weight")]
+        if missing:
             return self._red(
                 "tensors",
-                f"{len(report.missing)} missing",
-                f"{len(report.missing)} of the student's tensors are missing (first: {report.missing[0]})",
+                f"{len(missing)} missing",
+                f"{len(missing)} of the student's tensors are missing (first: {missing[0]})",
                 "save it again with save_pretrained: Transformers would fill them with random numbers",
             )
         if report.cosine is None:
@@ -238,6 +262,13 @@ class _Gates:
     def _broken(self, report: WeightReport) -> GateRow:
         if report.broken is not None:
             return self._red("weights", "broken", report.broken, "save or copy the teacher again")
+        if report.untouched is not None and not self.teacher.is_student and self.teacher.adapter is None:
+            return self._warn(
+                "weights",
+                "in part the student's",
+                f"{report.untouched} the student's own, bit by bit, while others are not",
+                "right where they were frozen; otherwise a shard is of the wrong checkpoint",
+            )
         if report.not_read:
             return self._warn(
                 "weights",
@@ -299,24 +330,6 @@ def _revision_on_disk(folder: Path) -> str | None:
     return None
 
 
-def read_tokenizer(folder: Path, key: str) -> TokenizerFiles:
-    """Vocabulary, special tokens and chat template of a checkpoint folder."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return _read_slow_tokenizer(folder, key)
-    content = json.loads(file.read_text())
-    model_vocab = content["model"].get("vocab", {})
-    if isinstance(model_vocab, list):  # Unigram: [token, score] in the order of the ids
-        model_vocab = {row[0]: i for i, row in enumerate(model_vocab)}
-    added = content.get("added_tokens", [])
-    return TokenizerFiles(
-        vocabulary=dict(model_vocab) | {token["content"]: token["id"] for token in added},
-        special=_read_special(folder),
-        special_ids=frozenset(token["id"] for token in added if token.get("special")),
-        chat_template=_read_chat_template(folder),
-    )
-
-
 def _first_difference(teacher: dict[str, int], student: dict[str, int]) -> str:
     if len(teacher) != len(student):
         return f"{len(teacher)} tokens against {len(student)}"
@@ -326,53 +339,9 @@ def _first_difference(teacher: dict[str, int], student: dict[str, int]) -> str:
     return f"{token!r} has id {teacher.get(token)} against {student[token]}"
 
 
-def vocab_size_of(config: dict[str, Any]) -> int:
-    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
-
-
-def _read_special(folder: Path) -> dict[str, str | None]:
-    special: dict[str, str | None] = dict.fromkeys(SPECIAL_TOKENS)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        content = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
-        for role in SPECIAL_TOKENS:
-            token = content.get(role)
-            if token is not None:
-                special[role] = token["content"] if isinstance(token, dict) else token
-    return special
-
-
-def _read_chat_template(folder: Path) -> str | None:
-    """The file wins over tokenizer_config.json, as in Transformers."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text().strip()
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = json.loads((folder / name).read_text()).get("chat_template")
-            if isinstance(template, list):  # several named templates
-                template = next((t["template"] for t in template if t["name"] == "default"), None)
-            if template is not None:
-                return str(template).strip()
-    return None
-
-
-def _read_slow_tokenizer(folder: Path, key: str) -> TokenizerFiles:
-    """Tokenizers without tokenizer.json are read by Transformers, which imports more than file reading does."""
-    from transformers import AutoTokenizer
-
-    try:  # the folder is someone else's, and Transformers raises half a dozen types for what is missing
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{key}={str(folder)!r}: no tokenizer.json there and no tokenizer that loads ({reason}); copy the"
-            " tokenizer files of the student"
-        ) from None
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return TokenizerFiles(
-        vocabulary=dict(tokenizer.get_vocab()),
-        special={role: getattr(tokenizer, role) for role in SPECIAL_TOKENS},
-        special_ids=frozenset(tokenizer.all_special_ids),
-        chat_template=template.strip() if template else None,
-    )
+def vocab_size_of(config: dict[str, Any], folder: Path, key: str) -> int:
+    """Rows of the embedding. Raises `UserError` where config.json does not tell."""
+    found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if found is None:
+        raise UserError(f"{key}={str(folder)!r}: config.json has no vocab_size; copy it again")
+    return int(found)

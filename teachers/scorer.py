@@ -8,6 +8,8 @@ product, and non-finite scores.
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,11 @@ class Scorer:
                 raise UserError(
                     f"teacher path={path!r}: {problem} {sorted(map(str, info[problem]))[:3]}; save it again"
                 )
+        if layers := _layers_left_out(info["unexpected_keys"], self.model.state_dict()):
+            raise UserError(
+                f"teacher path={path!r}: its config.json has fewer layers than its weights (left out: {layers[0]}); give it"
+                " the config.json that it was trained with"
+            )
         # The option only means something for models with experts; dense ones have no such choice.
         if model.experts_implementation is not None and self.model._can_set_experts_implementation():
             self.model.set_experts_implementation(model.experts_implementation)
@@ -150,6 +157,12 @@ class Scorer:
                 f"teacher path={self.path!r}: {type(self.model).__name__} changes logits after its head (scale or cap),"
                 " which scoring does not know; choose another architecture"
             )
+
+
+def _layers_left_out(unexpected: Iterable[str], held: Iterable[str]) -> list[str]:
+    """Tensors that the model has in other layers and not in theirs. Heads of other tasks are not among them."""
+    known = {re.sub(r"\.\d+\.", ".N.", name) for name in held}
+    return sorted(name for name in unexpected if re.sub(r"\.\d+\.", ".N.", name) in known)
 
 
 def plan_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:

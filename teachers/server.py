@@ -171,7 +171,7 @@ def server_gates(
         rows.append(subject.ok("vocabulary", f"takes ids below {vocab_size}"))
     except UserError as error:
         rows.append(subject.refused("vocabulary", f"refuses id {vocab_size - 1}", error))
-    unmeasured = ("chat_template", "self_teacher", "tensors", "weights", "foreign")
+    unmeasured = ("chat_template", "config", "self_teacher", "tensors", "weights", "foreign")
     return rows + [subject.unmeasured(gate, unseen) for gate in unmeasured]
 
 

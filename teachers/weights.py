@@ -4,29 +4,23 @@ Models of one origin stay close in their weights whatever they were trained on (
 of its length), and two initialisations are orthogonal in a space of that many dimensions: the cosine of matching
 matrices is near 1 or near 0, with nothing between. It needs no forward and does not depend on the size of the model,
 unlike the KL, so it decides what is foreign. Large tensors are sampled (`SLICES` spread slices, the same in both):
-a lone NaN elsewhere is found by the first score. Imports no torch.
+a lone NaN elsewhere is found by the first score. Stacked experts are compared one by one, and of embedding and head only
+the rows of real tokens: how far they are padded does not matter. Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import BinaryIO
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from teachers.checkpoint import DTYPE_BITS, TensorEntry
+from teachers.tensor_values import READABLE, read_experts, read_rows, read_slices, rounded, unit
 
-SLICES, SLICE_ELEMENTS = 16, 2**12
 NUM_THREADS = 4
-READABLE = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-)  # quantized types need their scales, which every format names otherwise
-
 MAX_ROWS = 4096  # of a vocabulary tensor, whose rows are compared one by one
 MAX_SEARCHED_ROWS = 32  # of those that differ: looked for among all rows of the student
 CHUNK_BYTES = 64 * 2**20
@@ -34,10 +28,16 @@ CHUNK_BYTES = 64 * 2**20
 FOREIGN_COSINE = 0.5  # median over the matrices; below: another origin
 ROW_COSINE = 0.5  # below: another row than the student's
 SAME_COSINE = 0.9  # above: the same tensor or row, further trained
+ODD = 10.0  # times the distance of the median matrix: with a cosine below SAME_COSINE not the student's, further trained
+UNLIKE_COSINE = 0.25  # a row of the vocabulary that has nothing of the student's
+UNLIKE_SHARE = 0.02  # of the rows, above which they were replaced
+EXPERT_ELEMENTS = 2**10  # read of each expert of a stacked tensor
 SCALE = (0.8, 1.25)  # of a tensor's length; training moves it by percents
 MIN_COUNT = 8  # elements, below which a share says nothing
 ZERO_SHARE = 0.005  # more zeros than in the student's tensor: a cast flushed small values
 TOP_SHARE = 0.001  # elements at the largest |value|: a cast clipped large values
+FINAL_NORMS = ("model.norm.weight", "final_layernorm.weight", "norm_f.weight", "ln_f.weight")
+LAYER = re.compile(r"(.*\.(?:layers|h|blocks)\.\d+)\.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,7 +58,8 @@ class TensorGap:
     student_spread: float | None = None
     student_zero_share: float | None = None
     student_top_share: float | None = None
-    is_equal: bool = False  # after a cast to the narrower of the two types
+    is_equal: bool = False  # after a cast to the narrower of the two types, or to that it was rounded to
+    worst_expert: tuple[int, float] | None = None  # of a stacked tensor: index and cosine
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,13 +73,29 @@ class WeightReport:
     extra: list[str] = field(default_factory=list)
     not_read: list[str] = field(default_factory=list)  # of quantized types
     broken: str | None = None  # the first tensor that is wrong, in words
+    untouched: str | None = None  # parts that are the student's, in words, where others are not
 
 
 def compare_weights(
-    teacher: dict[str, TensorEntry], student: dict[str, TensorEntry], vocab_size: int
+    teacher: dict[str, TensorEntry],
+    student: dict[str, TensorEntry],
+    vocab_size: int,
+    num_tokens: int | None = None,
 ) -> WeightReport:
-    """Compare all tensors that have one name and shape; ``vocab_size`` tells embedding and head, whose rows are also
-    compared one by one."""
+    """Compare all tensors that have one name and shape.
+
+    Args:
+        vocab_size: tells embedding and head, whose rows are also compared one by one.
+        num_tokens: rows of them that are tokens; None: all.
+    """
+    num_tokens = vocab_size if num_tokens is None else min(num_tokens, vocab_size)
+    teacher = {
+        name: _without_padding(entry, student.get(name), vocab_size, num_tokens)
+        for name, entry in teacher.items()
+    }
+    student = {
+        name: _without_padding(entry, entry, vocab_size, num_tokens) for name, entry in student.items()
+    }
     readable = {name: entry for name, entry in teacher.items() if entry.dtype in READABLE}
     twins = {
         name: student[name]
@@ -92,19 +109,80 @@ def compare_weights(
     num_matrices = sum(len(entry.shape) > 1 for entry in student.values())
     if matrices and 2 * len(matrices) >= num_matrices:
         report.cosine = float(np.median(matrices))
-        report.missing = sorted(set(student) - set(teacher))
-        report.extra = sorted(set(teacher) - set(student))
+        report.missing, report.extra = _absent(set(teacher), set(student))
         all_read = not report.missing and not report.not_read
         report.is_student = all_read and all(gap.is_equal for gap in gaps if gap.name in student)
+        report.untouched = None if report.is_student else _untouched([g for g in gaps if g.name in twins])
     report.broken = next((words for gap in gaps if (words := _broken(gap))), None)
     if report.broken is None and report.cosine is not None and report.cosine >= FOREIGN_COSINE:
         for name, twin in twins.items():
-            if len(twin.shape) == 2 and twin.shape[0] == vocab_size and report.broken is None:
-                report.broken = _permuted(readable[name], twin)
+            if len(twin.shape) == 2 and twin.shape[0] == num_tokens and report.broken is None:
+                report.broken = _other_rows(readable[name], twin)
         report.broken = report.broken or next(
             (w for gap in gaps if (w := _strange(gap, report.cosine))), None
         )
+        report.broken = report.broken or _temperature(gaps)
     return report
+
+
+def _without_padding(
+    entry: TensorEntry, twin: TensorEntry | None, vocab_size: int, num_tokens: int
+) -> TensorEntry:
+    """The rows of real tokens of embedding and head; any other tensor as it is."""
+    is_vocabulary = (
+        twin is not None and len(twin.shape) == len(entry.shape) == 2 and twin.shape[0] == vocab_size
+    )
+    if not is_vocabulary or entry.shape[0] < num_tokens or entry.dtype not in READABLE:
+        return entry
+    num_bytes = num_tokens * entry.shape[1] * DTYPE_BITS[entry.dtype] // 8
+    return replace(entry, shape=(num_tokens, entry.shape[1]), end=entry.start + num_bytes)
+
+
+def _absent(teacher: set[str], student: set[str]) -> tuple[list[str], list[str]]:
+    """(missing, extra) names. Experts that one of the two stacks and the other has one by one are neither."""
+    missing, extra = student - teacher, teacher - student
+    single, stacked = (
+        re.compile(r"(.*\.experts)\.\d+\..*"),
+        re.compile(r"(.*\.experts)\.[a-z_]+(?:_proj|\.weight)?"),
+    )
+    for names, others in ((missing, extra), (extra, missing)):
+        places = {m[1] for name in others if (m := stacked.fullmatch(name))}
+        both = {name for name in names if (m := single.fullmatch(name)) and m[1] in places}
+        places = {m[1] for name in both if (m := single.fullmatch(name))}
+        gone = both | {name for name in others if (m := stacked.fullmatch(name)) and m[1] in places}
+        missing, extra = missing - gone, extra - gone
+    return sorted(missing), sorted(extra)
+
+
+def _untouched(gaps: list[TensorGap]) -> str | None:
+    """Whole layers that are the student's, bit by bit, while others are not; or all but a few tensors."""
+    layers: dict[str, list[bool]] = {}
+    for gap in gaps:
+        if found := LAYER.match(gap.name):
+            layers.setdefault(found[1], []).append(gap.is_equal)
+    equal = [name for name, flags in layers.items() if all(flags)]
+    if equal and len(equal) < len(layers):
+        return f"{len(equal)} of {len(layers)} layers (first: {equal[0]}) are"
+    moved = [gap.name for gap in gaps if not gap.is_equal]
+    if equal and len(equal) == len(layers):
+        return f"all tensors but {', '.join(moved[:3])}{' ...' if len(moved) > 3 else ''} are"
+    return None
+
+
+def _temperature(gaps: list[TensorGap]) -> str | None:
+    """Head and final norm scale the logits together."""
+    ratios = {gap.name: gap.ratio for gap in gaps if gap.ratio is not None}
+    head = next((name for name in ratios if name.endswith("lm_head.weight")), None)
+    norm = next((name for name in ratios if name.endswith(FINAL_NORMS)), None)
+    if head is None or norm is None:
+        return None
+    product = ratios[head] * ratios[norm]
+    if SCALE[0] <= product <= SCALE[1]:
+        return None
+    return (
+        f"{head} and {norm} together are the student's times {product:.3g}: a temperature of {1 / product:.3g} in the"
+        " weights"
+    )
 
 
 def _broken(gap: TensorGap) -> str | None:
@@ -134,24 +212,40 @@ def _strange(gap: TensorGap, cosine: float) -> str | None:
     """One tensor that is not the student's, further trained, where the others are."""
     if gap.cosine is None or gap.ratio is None:
         return None
+    is_norm = not gap.is_matrix and "norm" in gap.name
     scaled = gap.is_matrix or gap.name.endswith("norm.weight")
     if scaled and gap.cosine >= SAME_COSINE and not SCALE[0] <= gap.ratio <= SCALE[1]:
         text = f"{gap.name} is the student's times {gap.ratio:.3g}"
-        at_end = "lm_head" in gap.name or gap.name.endswith(("model.norm.weight", "final_layernorm.weight"))
+        at_end = "lm_head" in gap.name or gap.name.endswith(FINAL_NORMS)
         return text + (f": a temperature of {1 / gap.ratio:.3g} in the weights" if at_end else "")
-    if gap.is_matrix and cosine >= SAME_COSINE and gap.cosine < ROW_COSINE:
-        return f"{gap.name} is not the student's (cosine {gap.cosine:.2f}) while the other tensors are (median {cosine:.2f})"
+    if cosine < SAME_COSINE:
+        return None
+    rest = f"while the other tensors are (median {cosine:.2f})"
+    if gap.worst_expert is not None and _is_odd(gap.worst_expert[1], cosine):
+        index, value = gap.worst_expert
+        return f"expert {index} of {gap.name} is not the student's (cosine {value:.2f}) {rest}"
+    if gap.is_matrix and _is_odd(gap.cosine, cosine):
+        return f"{gap.name} is not the student's (cosine {gap.cosine:.2f}) {rest}"
+    if is_norm and gap.num_read >= MIN_COUNT and gap.cosine < SAME_COSINE:
+        return f"{gap.name} is not the student's (cosine {gap.cosine:.2f}) {rest}"
     return None
 
 
-def _permuted(teacher: TensorEntry, student: TensorEntry) -> str | None:
+def _is_odd(cosine: float, median: float) -> bool:
+    """Whether a matrix is too far from the student's to be one more that was trained."""
+    return cosine < ROW_COSINE or (cosine < SAME_COSINE and 1 - cosine > ODD * (1 - median))
+
+
+def _other_rows(teacher: TensorEntry, student: TensorEntry) -> str | None:
     """Rows of the vocabulary that sit at other ids than in the student: a row that is unlike the student's at its id and
-    like the student's at another id, which has itself another row."""
+    like the student's at another id, which has itself another row. Or many rows that are like none of the student's."""
     rows = np.unique(np.linspace(0, teacher.shape[0] - 1, MAX_ROWS).round().astype(int))
-    ours, theirs = _read_rows(student, rows), _read_rows(teacher, rows)
+    ours, theirs = read_rows(student, rows), read_rows(teacher, rows)
+    alike = (unit(ours) * unit(theirs)).sum(1)
     our_mean, their_mean = ours.mean(0), theirs.mean(0)  # a direction that all rows share says nothing
-    ours, theirs = _unit(ours - our_mean), _unit(theirs - their_mean)
-    differ = np.flatnonzero((ours * theirs).sum(1) < ROW_COSINE)
+    ours, theirs = unit(ours - our_mean), unit(theirs - their_mean)
+    centred = (ours * theirs).sum(1)
+    differ = np.flatnonzero(centred < ROW_COSINE)
     if len(differ) < 2:
         return None
     searched = differ[np.linspace(0, len(differ) - 1, min(len(differ), MAX_SEARCHED_ROWS)).astype(int)]
@@ -160,7 +254,7 @@ def _permuted(teacher: TensorEntry, student: TensorEntry) -> str | None:
     step = max(1, CHUNK_BYTES // (4 * student.shape[1]))
     for start in range(0, student.shape[0], step):
         block = np.arange(start, min(start + step, student.shape[0]))
-        cosines = theirs[searched] @ _unit(_read_rows(student, block) - our_mean).T
+        cosines = theirs[searched] @ unit(read_rows(student, block) - our_mean).T
         nearest = cosines.argmax(1)
         value = cosines[np.arange(len(searched)), nearest]
         place = np.where(value > best, start + nearest, place)
@@ -170,9 +264,12 @@ def _permuted(teacher: TensorEntry, student: TensorEntry) -> str | None:
         for i, j, cosine in zip(searched, place, best, strict=True)
         if cosine > SAME_COSINE and (j not in rows or j in rows[differ])
     ]
-    if len({j for _, j in moved}) < 2:
-        return None
     share = len(differ) / len(rows)
+    if len({j for _, j in moved}) < 2:
+        unlike = int((np.maximum(alike, centred) < UNLIKE_COSINE).sum())
+        if unlike < max(MIN_COUNT, UNLIKE_SHARE * len(rows)) or float(np.median(centred)) < SAME_COSINE:
+            return None
+        return f"{unlike / len(rows):.0%} of the rows of {teacher.name} are not the student's, while the others are"
     return (
         f"{teacher.name} is permuted: {share:.0%} of its rows are elsewhere in the student"
         f" (token id {moved[0][0]} has the student's row {moved[0][1]})"
@@ -180,7 +277,7 @@ def _permuted(teacher: TensorEntry, student: TensorEntry) -> str | None:
 
 
 def _gap(teacher: TensorEntry, student: TensorEntry | None) -> TensorGap:
-    values = _read(teacher)
+    values = read_slices(teacher)
     bad = int((~np.isfinite(values)).sum())
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0) if bad else values
     norm, spread, zero_share, top_share = _numbers(values)
@@ -195,14 +292,32 @@ def _gap(teacher: TensorEntry, student: TensorEntry | None) -> TensorGap:
         top_share=top_share,
     )
     if student is not None:
-        other = np.nan_to_num(_read(student), nan=0.0, posinf=0.0, neginf=0.0)
+        other = np.nan_to_num(read_slices(student), nan=0.0, posinf=0.0, neginf=0.0)
         narrow = min(teacher.dtype, student.dtype, key=lambda dtype: DTYPE_BITS[dtype])
-        gap.is_equal = np.array_equal(_cast(values, narrow), _cast(other, narrow))
+        gap.is_equal = np.array_equal(rounded(values, narrow), rounded(other, narrow)) or any(
+            np.array_equal(values, rounded(other, dtype)) for dtype in ("BF16", "F16")
+        )
         length, gap.student_spread, gap.student_zero_share, gap.student_top_share = _numbers(other)
+        # A rounding lets many values of an even distribution meet at the largest.
+        gap.student_top_share = max(gap.student_top_share, _numbers(rounded(other, "BF16"))[3])
         if length > 0:
             gap.ratio = norm / length
             gap.cosine = float(values @ other) / (norm * length) if norm > 0 else 0.0
+        if len(teacher.shape) > 2 and teacher.shape[0] > 1:
+            gap.worst_expert = _worst_expert(teacher, student)
     return gap
+
+
+def _worst_expert(teacher: TensorEntry, student: TensorEntry) -> tuple[int, float]:
+    """Index and cosine of the expert of a stacked tensor that is least like the student's, by its first elements."""
+    count = min(EXPERT_ELEMENTS, math.prod(teacher.shape[1:]))
+    theirs, ours = (
+        np.nan_to_num(read_experts(entry, count), nan=0.0, posinf=0.0, neginf=0.0)
+        for entry in (teacher, student)
+    )
+    cosines = np.where((ours != 0).any(1), (unit(theirs) * unit(ours)).sum(1), 1.0)
+    index = int(cosines.argmin())
+    return index, float(cosines[index])
 
 
 def _numbers(values: np.ndarray) -> tuple[float, float, float, float]:
@@ -216,61 +331,3 @@ def _numbers(values: np.ndarray) -> tuple[float, float, float, float]:
         float((values == 0).mean()),
         float((np.abs(values) == top).mean()) if top > 0 else 0.0,
     )
-
-
-def read_whole(entry: TensorEntry) -> np.ndarray:
-    """All values, flat, in their own type (bfloat16 as float32). For `READABLE` types."""
-    with entry.file.open("rb") as stream:
-        return _decode(_at(stream, entry.start, entry.end - entry.start), entry.dtype)
-
-
-def _read(entry: TensorEntry) -> np.ndarray:
-    """Values [n] float64: the whole tensor, or its spread slices."""
-    count = math.prod(entry.shape)
-    width = DTYPE_BITS[entry.dtype] // 8
-    if count <= SLICES * SLICE_ELEMENTS:
-        starts, length = [0], count
-    else:
-        starts = np.linspace(0, count - SLICE_ELEMENTS, SLICES).astype(int).tolist()
-        length = SLICE_ELEMENTS
-    with entry.file.open("rb") as stream:
-        parts = []
-        for start in starts:
-            stream.seek(entry.start + start * width)
-            parts.append(_decode(stream.read(length * width), entry.dtype))
-    return np.concatenate(parts).astype(np.float64)
-
-
-def _read_rows(entry: TensorEntry, rows: np.ndarray) -> np.ndarray:
-    """Rows [len(rows), H] float32 of a matrix."""
-    width = entry.shape[1] * DTYPE_BITS[entry.dtype] // 8
-    with entry.file.open("rb") as stream:
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # neighbours
-            stream.seek(entry.start + int(rows[0]) * width)
-            raw = stream.read(len(rows) * width)
-        else:
-            raw = b"".join(_at(stream, entry.start + int(row) * width, width) for row in rows)
-    return _decode(raw, entry.dtype).astype(np.float32).reshape(len(rows), entry.shape[1])
-
-
-def _at(stream: BinaryIO, start: int, length: int) -> bytes:
-    stream.seek(start)
-    return stream.read(length)
-
-
-def _decode(raw: bytes, dtype: str) -> np.ndarray:
-    if dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
-
-
-def _cast(values: np.ndarray, dtype: str) -> np.ndarray:
-    """``values`` rounded to the nearest value of ``dtype``."""
-    if dtype == "BF16":
-        bits = values.astype(np.float32).view(np.uint32)
-        return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return values.astype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)

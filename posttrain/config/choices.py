@@ -134,6 +134,7 @@ ACCEPTABLE = (
     "special_tokens",
     "chat_template",
     "tokenizer",
+    "config",
     "revision",
     "self_teacher",
     "tensors",

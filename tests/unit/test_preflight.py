@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +41,17 @@ from teachers.scorer import Scorer
 from teachers.teacher import Teacher, build, resolve
 from teachers.worker import TeacherWorker
 from tests.tiny_models import tiny_qwen3_moe
-from tests.unit.wrong_teachers import SHAPE, WRONG, edit, fine_tune, permuted_vocabulary, stale_revision
+from tests.unit.wrong_teachers import (
+    SHAPE,
+    WRONG,
+    edit,
+    edit_json,
+    fine_tune,
+    padded,
+    permuted_vocabulary,
+    stack_experts,
+    stale_revision,
+)
 
 WORKERS = TeacherWorkerConfig(cores_per_worker=1)
 STRONG = TeacherWorkerConfig(max_initial_kl=4.0)  # small models move far from their start
@@ -256,6 +267,112 @@ def test_equal_ids_in_other_words_pass(student: Path, right: list[Path], tmp_pat
     tokenizer.save(str(folder / "tokenizer.json"))
     rows = {r.gate: r for r in check_files(str(student), {"math": TeacherConfig(path=str(folder))}, ["math"])}
     assert rows["tokenizer"].value.startswith("same ids on")
+
+
+def right_with(folder: Path, source: Path, name: str) -> Path:
+    return Path(shutil.copytree(source, folder / name))
+
+
+def test_right_teachers_in_other_files_give_no_alarm(
+    student: Path, right: list[Path], tmp_path: Path
+) -> None:
+    """Shards, types, padding, layout of experts, template with a comment, a tokenizer written anew."""
+    made = {
+        name: right_with(tmp_path, right[3], name)
+        for name in ("half", "shards", "pads", "stacks", "comments")
+    }
+    edit(made["half"], lambda tensors: {name: t.half() for name, t in tensors.items()})
+    tensors = load_file(made["shards"] / "model.safetensors")
+    (made["shards"] / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in sorted(set(files.values())):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, made["shards"] / file)
+    (made["shards"] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    padded(made["pads"])
+    stack_experts(made["stacks"])
+    template = made["comments"] / "chat_template.jinja"
+    template.write_text("{# version 2 #}" + template.read_text().replace(" -%}", "   -%}", 1))
+    teachers = {name: TeacherConfig(path=str(path)) for name, path in made.items()}
+    rows = file_gates(str(student), teachers, teachers)
+    assert [row.line() for row in rows if row.verdict is not Verdict.ok and row.gate != "shared"] == []
+    compared = {row.domain: row.number for row in rows if row.gate == "foreign"}
+    assert all(value is not None and value > 0.9 for value in compared.values()), compared
+
+
+def test_padding_rows_of_a_vocabulary_say_nothing(student: Path, right: list[Path], tmp_path: Path) -> None:
+    """Random in the student, zero in the teacher: nobody samples them."""
+    ours, theirs = (
+        right_with(tmp_path, path, name) for path, name in ((student, "ours"), (right[3], "theirs"))
+    )
+    padded(theirs)
+    padded(ours)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    edit(ours, lambda t: t | {n: torch.cat([t[n][:101], torch.randn(27, 64)]) for n in names})
+    rows = file_gates(str(ours), {"math": TeacherConfig(path=str(theirs))}, ["math"])
+    assert [row.line() for row in rows if row.verdict is not Verdict.ok] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda theirs, ours: {n: ours[n] if ".layers.1." in n else t for n, t in theirs.items()},
+            "1 of 2 layers",
+        ),
+        (
+            lambda theirs, ours: ours | {"model.norm.weight": theirs["model.norm.weight"]},
+            "all tensors but model.norm",
+        ),
+    ],
+    ids=["layer", "all_but_one"],
+)
+def test_parts_that_are_the_students_are_warned_of(
+    student: Path, right: list[Path], tmp_path: Path, change: Any, words: str
+) -> None:
+    folder = right_with(tmp_path, right[3], "teacher")
+    ours = load_file(student / "model.safetensors")
+    edit(folder, lambda tensors: change(tensors, ours))
+    rows = {r.gate: r for r in check_files(str(student), {"math": TeacherConfig(path=str(folder))}, ["math"])}
+    assert rows["weights"].verdict is Verdict.warn and rows["weights"].problem.startswith(words)
+    assert "bit by bit" in rows["weights"].problem
+
+
+def test_stacked_experts_are_compared_one_by_one(student: Path, right: list[Path], tmp_path: Path) -> None:
+    ours, theirs = (
+        right_with(tmp_path, path, name) for path, name in ((student, "ours"), (right[3], "theirs"))
+    )
+    for folder in (ours, theirs):
+        stack_experts(folder)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    edit(theirs, lambda t: t | {name: t[name][[0, 1, 3, 2]]})
+    rows = {r.gate: r for r in file_gates(str(ours), {"math": TeacherConfig(path=str(theirs))}, ["math"])}
+    assert rows["weights"].verdict is Verdict.red
+    assert rows["weights"].problem.startswith(f"expert 2 of {name} is not the student's (cosine ")
+
+
+def test_an_unknown_setting_is_a_warning(student: Path, right: list[Path], tmp_path: Path) -> None:
+    folder = right_with(tmp_path, right[3], "teacher")
+    edit_json(
+        folder / "config.json", lambda c: c.update(head_gain=2.0, hidden_mode="b", rope_interleave=True)
+    )
+    ours = right_with(tmp_path, student, "student")
+    edit_json(ours / "config.json", lambda c: c.update(hidden_mode="a"))
+    rows = {r.gate: r for r in check_files(str(ours), {"math": TeacherConfig(path=str(folder))}, ["math"])}
+    assert rows["config"].verdict is Verdict.warn
+    assert rows["config"].problem.endswith(
+        "hidden_mode=b (student a), rope_interleave=True (student (not given))"
+    )
+
+
+def test_equal_tensors_with_another_config_are_two_teachers(right: list[Path], tmp_path: Path) -> None:
+    from teachers.pool import _key
+
+    other = right_with(tmp_path, right[3], "other")
+    edit_json(other / "config.json", lambda c: c.update(num_experts_per_tok=1, transformers_version="1"))
+    same = right_with(tmp_path, right[3], "same")
+    edit_json(same / "config.json", lambda c: c.update(dtype="bfloat16", use_cache=False))
+    keys = [_key(Teacher(key="teachers.math", path=str(path))) for path in (right[3], other, same)]
+    assert keys[0] == keys[2] != keys[1]
 
 
 # Wrong ones, from scores ------------------------------------------------------------------------------------------
@@ -536,6 +653,15 @@ def test_every_gate_can_be_accepted_or_has_a_reason_not_to() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"^teacher_workers\.accept='forein': .*choose among vocabulary"):
         TeacherWorkerConfig(accept=["forein"])
+
+
+def test_a_teacher_that_says_what_the_student_says_is_warned_of() -> None:
+    math = Teacher(key="teachers.math", path="/t")
+    gaps = np.full(100, 5e-4)
+    row = preflight.kl_row(Subject(domain="math", teacher=math), gaps, 2.5, 1.0, is_start=True)
+    assert row.verdict is Verdict.warn and "5.0e-04 nat per token" in row.problem
+    own = Teacher(key="teachers.math", path="/t", is_student=True)
+    assert preflight.kl_row(Subject(domain="math", teacher=own), gaps, 2.5, 1.0, True).verdict is Verdict.ok
 
 
 def test_a_sure_teacher_is_not_hopeless() -> None:

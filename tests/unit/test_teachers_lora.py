@@ -233,10 +233,15 @@ def test_bad_adapters_are_refused(base: Path, adapters: dict[str, tuple[str, str
 def test_an_adapter_of_another_base_is_refused(
     base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:
-    """By the weights of the base that it names; by its shapes where that base is not here; and at load at the latest."""
+    """By the weights of the base that it names (a red line that can be accepted: names are relative, folders move); by its
+    shapes where that base is not here; and at load at the latest."""
     adapter = adapters["attention"][0]
     sibling = tiny_qwen3_moe(tmp_path / "sibling", seed=2)
-    assert "whose weights are not those of" in refusal(adapter, sibling)
+    wrong = Teacher(key="teachers.math", path=str(sibling), adapter=adapter)
+    with pytest.raises(UserError, match=r"whose weights are not those of .*accept=\[adapter\]"):
+        gates(sibling, math=wrong)
+    accepted = gates(sibling, TeacherWorkerConfig(accept=["adapter"]), math=wrong)
+    assert accepted["math", "adapter"].verdict is Verdict.accepted
     moved = copy_of(adapter, tmp_path / "moved", base_model_name_or_path="/another/machine")
     wide = tiny_qwen3_moe(tmp_path / "wide", hidden=192)
     assert "it is an adapter of another base" in refusal(moved, wide)
@@ -250,6 +255,28 @@ def test_an_adapter_of_another_base_is_refused(
         with pytest.raises(UserError, match=r"teacher adapter='.*experts': PEFT cannot put it on Qwen3"):
             worker.set_teachers(good | {"b+e": Teacher(key="teachers.d", path=str(other), adapter=experts)})
         assert worker.backends == {}, "part of the adapter may be on the base"
+
+
+def test_the_base_in_another_type_is_the_base(
+    base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    half = Path(shutil.copytree(base, tmp_path / "half"))
+    tensors = {name: t.half() for name, t in load_file(half / "model.safetensors").items()}
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    for name, words in ((str(half), "tensors"), ("/another/machine", "base not compared")):
+        adapter = copy_of(adapters["attention"][0], tmp_path / words, base_model_name_or_path=name)
+        row = gates(base, math=Teacher(key="teachers.math", path=str(base), adapter=adapter))[
+            "math", "adapter"
+        ]
+        assert row.verdict is Verdict.ok and row.value.endswith(words)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq"])
+def test_an_adapter_that_rewrites_its_base_is_refused(
+    base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path, init: str
+) -> None:
+    adapter = copy_of(adapters["attention"][0], tmp_path / "adapter", init_lora_weights=init)
+    assert f"init_lora_weights is '{init}', which rewrites the base" in refusal(adapter, base)
 
 
 def gates(base: Path, workers: TeacherWorkerConfig | None = None, **teachers: Teacher) -> dict[Any, GateRow]:
@@ -305,12 +332,26 @@ def test_adapters_that_are_broken_or_do_nothing(
     with pytest.raises(UserError) as error:
         gates(base, math=teacher)
     line = str(error.value)
-    assert line.startswith(f"teachers.math.adapter={str(folder)!r}: every lora_B is zero")
+    assert line.startswith(
+        f"teachers.math.adapter={str(folder)!r}: lora_alpha, or lora_A or lora_B of every module, is"
+    )
     assert line.endswith("(accepted by name: teacher_workers.accept=[adapter])")
     accepted = gates(base, TeacherWorkerConfig(accept=["adapter"]), math=teacher)
     assert accepted["math", "adapter"].verdict is Verdict.accepted
     meant = Teacher(key="teachers.math", path=str(base), adapter=str(folder), is_student=True)
     assert gates(base, math=meant)["math", "adapter"].value == "no effect, on purpose"
+    others = {name: torch.zeros_like(t) for name, t in tensors.items() if ".lora_A." in name}
+    for half in (
+        others,
+        {n: t for i, (n, t) in enumerate(sorted((halves | others).items())) if i % 4 in (0, 3)},
+    ):
+        save(half)  # all of one kind; one of the two in every module
+        with pytest.raises(UserError, match="it computes what its base"):
+            gates(base, math=teacher)
+    save({})
+    silent = copy_of(str(folder), tmp_path / "silent", lora_alpha=0)
+    with pytest.raises(UserError, match="it computes what its base"):
+        gates(base, math=Teacher(key="teachers.math", path=str(base), adapter=silent))
     name = sorted(tensors)[0]
     broken = tensors[name].clone()
     broken[0, 0] = torch.nan

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,6 +210,22 @@ def test_logits_changed_after_the_head_are_refused(qwen3_moe: Path, monkeypatch:
     monkeypatch.setattr(Qwen3MoeForCausalLM, "forward", capped)
     with pytest.raises(UserError, match="changes logits after its head"):
         Scorer(str(qwen3_moe), ModelConfig(), Dtype.float32)
+
+
+def test_layers_that_the_config_leaves_out_are_refused(qwen3_moe: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen3_moe, tmp_path / "teacher"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1})
+    )
+    with pytest.raises(UserError, match="its config.json has fewer layers than its weights"):
+        Scorer(str(folder), ModelConfig(), Dtype.float32)
+    tensors = load_file(qwen3_moe / "model.safetensors")
+    save_file(
+        tensors | {"value_head.weight": torch.zeros(1, 8)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    Scorer(str(folder), ModelConfig(), Dtype.float32)  # the head of another task is none of its layers
 
 
 def test_batches_hold_like_lengths_within_the_limit() -> None:

@@ -277,7 +277,7 @@ def test_preflight_of_a_server(server: Server, checkpoint: Path, tmp_path: Path)
     rows = {r.gate: r for r in check_teachers({"math": teacher(server)}, student, settings(), 500)}
     assert {row.path for row in rows.values()} == {f"{server.url}#teacher"}
     assert {gate for gate, row in rows.items() if row.verdict is Verdict.unmeasured} == {
-        *("chat_template", "self_teacher", "tensors", "weights", "foreign")
+        *("chat_template", "config", "self_teacher", "tensors", "weights", "foreign")
     }
     assert {gate for gate, row in rows.items() if row.verdict is Verdict.ok} == {
         *("server", "context", "vocabulary", "special_tokens", "tokenizer", "shared")

@@ -188,6 +188,130 @@ def foreign_init(folder: Path, student: Path) -> None:
     shutil.copy(other / "model.safetensors", folder / "model.safetensors")
 
 
+def setting(**values: Any) -> Callable[[Path, Path], None]:
+    """config.json lost and written anew: whole weights, another function."""
+
+    def other_setting(folder: Path, student: Path) -> None:
+        edit_json(folder / "config.json", lambda c: c.update(values))
+
+    return other_setting
+
+
+def stale_single_file(folder: Path, student: Path) -> None:
+    """Right shards with their index, beside what was there before: Transformers loads the one and vLLM the other."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    the_student(folder, student)
+
+
+def index_without_map(folder: Path, student: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "model.safetensors").unlink()
+
+
+def cut_tokenizer(folder: Path, student: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text()[:500])
+
+
+def no_vocabulary_size(folder: Path, student: Path) -> None:
+    edit_json(folder / "config.json", lambda c: c.pop("vocab_size") and None)
+
+
+def config_is_a_list(folder: Path, student: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def the_student_rounded(folder: Path, student: Path) -> None:
+    the_student(folder, student)
+    edit(folder, lambda tensors: {name: t.bfloat16().float() for name, t in tensors.items()})
+
+
+def rank_written_twice(folder: Path, student: Path) -> None:
+    """Tensor parallelism over four: the last rank's part is a copy of the first's, in every matrix of one kind."""
+    edit(folder, lambda t: [v[:, 48:].copy_(v[:, :16]) for n, v in t.items() if "o_proj" in n] and None)
+
+
+def swapped_experts(folder: Path, student: Path) -> None:
+    one, two = (f"model.layers.1.mlp.experts.{i}.up_proj.weight" for i in (0, 1))
+    edit(folder, lambda t: t | {one: t[two], two: t[one]})
+
+
+def random_norm(folder: Path, student: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    edit(folder, lambda t: t | {"model.norm.weight": torch.randn(64, generator=generator)})
+
+
+def negated_norm(folder: Path, student: Path) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    edit(folder, lambda t: t | {name: -t[name]})
+
+
+def temperature_in_two_parts(folder: Path, student: Path) -> None:
+    edit(
+        folder,
+        lambda t: {n: 0.81 * v if n in ("lm_head.weight", "model.norm.weight") else v for n, v in t.items()},
+    )
+
+
+def random_rows(folder: Path, student: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    edit(
+        folder,
+        lambda t: (
+            t["model.embed_tokens.weight"][20:40].copy_(0.05 * torch.randn(20, 64, generator=generator))
+            is None
+            or None
+        ),
+    )
+
+
+def padded(folder: Path, change: Callable[[torch.Tensor], torch.Tensor] = lambda head: head) -> None:
+    """27 rows of zeros more in embedding and head, which hide both from a comparison of shapes."""
+    edit_json(folder / "config.json", lambda c: c.update(vocab_size=128))
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+
+    def pad(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows = {n: change(tensors[n]) if n.startswith("lm_head") else tensors[n] for n in names}
+        return tensors | {n: torch.cat([v, torch.zeros(27, 64)]) for n, v in rows.items()}
+
+    edit(folder, pad)
+
+
+def stack_experts(folder: Path) -> None:
+    """The experts of a layer in one tensor each for gate and up, and for down, as Transformers holds them in memory."""
+
+    def stack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        kept = {n: t for n, t in tensors.items() if ".experts." not in n}
+        for place in sorted({n.partition(".experts.")[0] for n in tensors if ".experts." in n}):
+            own = {
+                k: [tensors[f"{place}.experts.{e}.{k}_proj.weight"] for e in range(4)]
+                for k in ("gate", "up", "down")
+            }
+            kept[f"{place}.experts.gate_up_proj"] = torch.cat(
+                [torch.stack(own["gate"]), torch.stack(own["up"])], 1
+            )
+            kept[f"{place}.experts.down_proj"] = torch.stack(own["down"])
+        return kept
+
+    edit(folder, stack)
+
+
+def padded_and_permuted(folder: Path, student: Path) -> None:
+    padded(folder, lambda head: head[torch.randperm(101, generator=torch.Generator().manual_seed(5))])
+
+
+def padded_and_hot(folder: Path, student: Path) -> None:
+    padded(folder, lambda head: head / 2)
+
+
+def tied_without_head(folder: Path, student: Path) -> None:
+    edit_json(folder / "config.json", lambda c: c.update(tie_word_embeddings=True))
+    edit(folder, lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"})
+
+
 def stale_revision(folder: Path, student: Path) -> None:
     record = folder / ".cache/huggingface/download/config.json.metadata"
     record.parent.mkdir(parents=True)
@@ -220,5 +344,28 @@ WRONG: list[tuple[Callable[[Path, Path], None], str, str]] = [
     (float16_overflow, "weights", "holds NaN or infinite values"),
     (clipped, "weights", "clipped it"),
     (foreign_init, "foreign", "of another origin"),
+    (setting(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}), "config", "rope.rope_theta=1000000.0 (student 10000.0)"),
+    (setting(num_experts_per_tok=1), "config", "num_experts_per_tok=1 (student 2)"),
+    (setting(norm_topk_prob=False), "config", "norm_topk_prob=False (student True)"),
+    (setting(hidden_act="gelu"), "config", "hidden_act=gelu (student silu)"),
+    (setting(rms_norm_eps=0.1), "config", "rms_norm_eps=0.1"),
+    (setting(num_hidden_layers=1), "config", "num_hidden_layers=1 (student 2)"),
+    (setting(use_sliding_window=True, sliding_window=4, max_window_layers=0), "config", "use_sliding_window=True (student False)"),
+    (setting(num_attention_heads=1, head_dim=64), "config", "num_attention_heads=1"),
+    (stale_single_file, "files", "remove the stale one"),
+    (index_without_map, "files", "has no weight_map"),
+    (cut_tokenizer, "files", "tokenizer.json is not JSON"),
+    (no_vocabulary_size, "files", "config.json has no vocab_size"),
+    (config_is_a_list, "files", "config.json holds no JSON object"),
+    (the_student_rounded, "self_teacher", "saved in another type"),
+    (rank_written_twice, "weights", "o_proj.weight is not the student's (cosine 0.7"),
+    (swapped_experts, "weights", "experts.0.up_proj.weight is not the student's"),
+    (random_norm, "weights", "model.norm.weight is not the student's"),
+    (negated_norm, "weights", "input_layernorm.weight is not the student's (cosine -1"),
+    (temperature_in_two_parts, "weights", "together are the student's times 0.6"),
+    (random_rows, "weights", "of the rows of model.embed_tokens.weight are not the student's"),
+    (padded_and_permuted, "weights", "lm_head.weight is permuted"),
+    (padded_and_hot, "weights", "a temperature of 2 in the weights"),
+    (tied_without_head, "tensors", "(first: lm_head.weight)"),
     (stale_revision, "revision", f"revision {'b' * 40} was asked for and the folder holds {'a' * 40}"),
 ]  # fmt: skip
