@@ -17,6 +17,7 @@ from posttrain.config import (
     MOPDRun,
     PipelineRun,
     PolicyRun,
+    RLRun,
     RolloutConfig,
     RunConfig,
     SampleRun,
@@ -152,7 +153,7 @@ def _training_data(cfg: RunConfig) -> list[tuple[str, DataConfig]]:
     """What is drawn from by weight, with its key. A domain alone has no mixture."""
     if isinstance(cfg, PipelineRun):
         return [("sft_data", cfg.sft_data), ("data", cfg.data)]
-    if isinstance(cfg, SFTRun) or (isinstance(cfg, PolicyRun) and cfg.domain is None):
+    if isinstance(cfg, SFTRun) or (isinstance(cfg, RLRun | MOPDRun) and cfg.domain is None):
         return [("data", cfg.data)]
     return []
 

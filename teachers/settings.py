@@ -39,7 +39,8 @@ def differences(teacher: dict[str, Any], student: dict[str, Any]) -> tuple[list[
     other's default is not known here.
     """
     theirs, ours = _flat(teacher), _flat(student)
-    wrong, unclear = [], []
+    wrong: list[str] = []
+    unclear: list[str] = []
     for key in sorted(theirs.keys() | ours.keys()):
         name = key.rpartition(".")[2]
         if INERT.fullmatch(name) or theirs.get(key) == ours.get(key):  # null is as good as absent

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from posttrain.config import UserError
 from teachers.checkpoint import read_json
@@ -112,7 +112,7 @@ def _parsed(template: str) -> object | None:
     class Generation(Extension):
         """``{% generation %}``, with which Transformers marks what the assistant says."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -33,6 +33,7 @@ UNLIKE_COSINE = 0.25  # a row of the vocabulary that has nothing of the student'
 UNLIKE_SHARE = 0.02  # of the rows, above which they were replaced
 EXPERT_ELEMENTS = 2**10  # read of each expert of a stacked tensor
 SCALE = (0.8, 1.25)  # of a tensor's length; training moves it by percents
+NORM_DISTANCE = 0.03  # of its length, which a norm moves at most where its matrices move less
 MIN_COUNT = 8  # elements, below which a share says nothing
 ZERO_SHARE = 0.005  # more zeros than in the student's tensor: a cast flushed small values
 TOP_SHARE = 0.001  # elements at the largest |value|: a cast clipped large values
@@ -118,10 +119,12 @@ def compare_weights(
         for name, twin in twins.items():
             if len(twin.shape) == 2 and twin.shape[0] == num_tokens and report.broken is None:
                 report.broken = _other_rows(readable[name], twin)
-        report.broken = report.broken or next(
-            (w for gap in gaps if (w := _strange(gap, report.cosine))), None
-        )
+        matrix_gaps = [gap for gap in gaps if gap.is_matrix and gap.ratio is not None]
+        distance = float(np.median([_distance(gap) for gap in matrix_gaps]))
         report.broken = report.broken or _temperature(gaps)
+        report.broken = report.broken or next(
+            (w for gap in gaps if (w := _strange(gap, report.cosine, distance))), None
+        )
     return report
 
 
@@ -171,14 +174,21 @@ def _untouched(gaps: list[TensorGap]) -> str | None:
 
 def _temperature(gaps: list[TensorGap]) -> str | None:
     """Head and final norm scale the logits together."""
-    ratios = {gap.name: gap.ratio for gap in gaps if gap.ratio is not None}
+    ratios = {
+        gap.name: gap.ratio
+        for gap in gaps
+        if gap.ratio is not None and gap.cosine is not None and gap.cosine >= SAME_COSINE
+    }
     head = next((name for name in ratios if name.endswith("lm_head.weight")), None)
     norm = next((name for name in ratios if name.endswith(FINAL_NORMS)), None)
     if head is None or norm is None:
         return None
     product = ratios[head] * ratios[norm]
-    if SCALE[0] <= product <= SCALE[1]:
-        return None
+    if (
+        any(not SCALE[0] <= ratios[name] <= SCALE[1] for name in (head, norm))
+        or SCALE[0] <= product <= SCALE[1]
+    ):
+        return None  # one alone is told by its own name
     return (
         f"{head} and {norm} together are the student's times {product:.3g}: a temperature of {1 / product:.3g} in the"
         " weights"
@@ -208,8 +218,9 @@ def _broken(gap: TensorGap) -> str | None:
     return None
 
 
-def _strange(gap: TensorGap, cosine: float) -> str | None:
-    """One tensor that is not the student's, further trained, where the others are."""
+def _strange(gap: TensorGap, cosine: float, distance: float) -> str | None:
+    """One tensor that is not the student's, further trained, where the others are; ``cosine`` and ``distance`` are the
+    medians of the matrices, beside which norms hardly move."""
     if gap.cosine is None or gap.ratio is None:
         return None
     is_norm = not gap.is_matrix and "norm" in gap.name
@@ -226,9 +237,15 @@ def _strange(gap: TensorGap, cosine: float) -> str | None:
         return f"expert {index} of {gap.name} is not the student's (cosine {value:.2f}) {rest}"
     if gap.is_matrix and _is_odd(gap.cosine, cosine):
         return f"{gap.name} is not the student's (cosine {gap.cosine:.2f}) {rest}"
-    if is_norm and gap.num_read >= MIN_COUNT and gap.cosine < SAME_COSINE:
-        return f"{gap.name} is not the student's (cosine {gap.cosine:.2f}) {rest}"
+    if is_norm and gap.num_read >= MIN_COUNT and (moved := _distance(gap)) > max(NORM_DISTANCE, distance):
+        return f"{gap.name} is not the student's (moved by {moved:.2f} of its length) {rest}"
     return None
+
+
+def _distance(gap: TensorGap) -> float:
+    """|teacher - student| / |student|."""
+    assert gap.cosine is not None and gap.ratio is not None
+    return math.sqrt(max(0.0, gap.ratio**2 + 1 - 2 * gap.ratio * gap.cosine))
 
 
 def _is_odd(cosine: float, median: float) -> bool:

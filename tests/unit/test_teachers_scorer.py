@@ -218,7 +218,7 @@ def test_layers_that_the_config_leaves_out_are_refused(qwen3_moe: Path, tmp_path
     (folder / "config.json").write_text(
         json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1})
     )
-    with pytest.raises(UserError, match="its config.json has fewer layers than its weights"):
+    with pytest.raises(UserError, match=r"its config\.json has fewer layers"):
         Scorer(str(folder), ModelConfig(), Dtype.float32)
     tensors = load_file(qwen3_moe / "model.safetensors")
     save_file(

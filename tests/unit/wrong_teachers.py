@@ -249,6 +249,11 @@ def negated_norm(folder: Path, student: Path) -> None:
     edit(folder, lambda t: t | {name: -t[name]})
 
 
+def norm_of_another_layer(folder: Path, student: Path) -> None:
+    one, two = ("model.layers.0.input_layernorm.weight", "model.norm.weight")
+    edit(folder, lambda t: t | {one: t[two]})
+
+
 def temperature_in_two_parts(folder: Path, student: Path) -> None:
     edit(
         folder,
@@ -361,7 +366,8 @@ WRONG: list[tuple[Callable[[Path, Path], None], str, str]] = [
     (rank_written_twice, "weights", "o_proj.weight is not the student's (cosine 0.7"),
     (swapped_experts, "weights", "experts.0.up_proj.weight is not the student's"),
     (random_norm, "weights", "model.norm.weight is not the student's"),
-    (negated_norm, "weights", "input_layernorm.weight is not the student's (cosine -1"),
+    (negated_norm, "weights", "input_layernorm.weight is not the student's (moved by 2.0"),
+    (norm_of_another_layer, "weights", "layers.0.input_layernorm.weight is not the student's (moved by 0."),
     (temperature_in_two_parts, "weights", "together are the student's times 0.6"),
     (random_rows, "weights", "of the rows of model.embed_tokens.weight are not the student's"),
     (padded_and_permuted, "weights", "lm_head.weight is permuted"),
