@@ -40,7 +40,11 @@ class Record:
 
     @classmethod
     def read(cls, folder: RunFolder, configured: dict[str, Teacher]) -> Record:
-        """The record of a former process of this run, or the teachers of the config."""
+        """The record of a former process of this run, or the teachers of the config.
+
+        Raises:
+            UserError: a recorded teacher is not what it was.
+        """
         content = folder.read_json(RECORD)
         if content is None:
             return cls(teachers=dict(configured))
@@ -48,6 +52,13 @@ class Record:
             domain: Teacher(**entry | {"backend": TeacherBackend(entry["backend"])})
             for domain, entry in content["teachers"].items()
         }
+        for domain, fingerprint in content.get("fingerprints", {}).items():
+            teacher = teachers[domain]
+            if teacher_fingerprint(teacher) != fingerprint:
+                raise UserError(
+                    f"{teacher.key}.path={teacher.name!r}: it changed since this run took it as the teacher of {domain}"
+                    f" ({folder.path / RECORD}); put it back, or remove that file to go on with the teachers of the config"
+                )
         return cls(teachers=configured | teachers, version=content["version"], file=content["file"])
 
 
@@ -273,6 +284,7 @@ class LiveTeachers:
             "version": self.version,
             "file": self._done,
             "teachers": {domain: asdict(teacher) for domain, teacher in passed.items()},
+            "fingerprints": {domain: teacher_fingerprint(teacher) for domain, teacher in passed.items()},
         }
         self._folder.write_json(RECORD, content)
 

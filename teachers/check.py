@@ -17,6 +17,7 @@ from teachers.gates import UNLOADABLE, GateRow, Subject, Verdict, judge, stop_on
 from teachers.preflight import Student, file_gates
 from teachers.scores import check_signal
 from teachers.server import PROBE_TOP, server_gates
+from teachers.settings import digest
 from teachers.teacher import SIGNALS, Teacher
 
 
@@ -77,11 +78,13 @@ def teacher_gates(
 
 
 def teacher_fingerprint(teacher: Teacher) -> str:
-    """What a teacher computes with: BASE or BASE+ADAPTER (hex). Nobody sees the weights behind a server: there it is
-    a hash of URL and name."""
+    """What a teacher computes with: BASE.SETTINGS or BASE.SETTINGS+ADAPTER (hex), SETTINGS being what its config.json has
+    that tensors do not tell. Nobody sees the weights behind a server: there it is a hash of URL and name."""
     if teacher.backend is TeacherBackend.server:
         return hashlib.sha256(teacher.name.encode()).hexdigest()
-    base = fingerprint(teacher.path, f"{teacher.key}.path", teacher.revision)
+    key = f"{teacher.key}.path"
+    settings = digest(read_config(locate(teacher.path, key, teacher.revision), key))
+    base = f"{fingerprint(teacher.path, key, teacher.revision)}.{settings}"
     if teacher.adapter is None:
         return base
     return f"{base}+{adapter_fingerprint(teacher.adapter, f'{teacher.key}.adapter')}"

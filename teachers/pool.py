@@ -18,9 +18,8 @@ import ray
 
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from teachers.check import teacher_fingerprint
-from teachers.checkpoint import locate, read_config
+from teachers.checkpoint import locate
 from teachers.fingerprint import num_bytes
-from teachers.settings import digest as settings_digest
 from teachers.teacher import Teacher
 from teachers.worker import TeacherWorker, base_of
 
@@ -230,13 +229,7 @@ class TeacherPool:
 
 
 def _key(teacher: Teacher) -> str:
-    """BASE or BASE+ADAPTER: equal for teachers that compute the same. Tensors do not tell everything that a forward depends
-    on, config.json has the rest."""
-    base, plus, adapter = teacher_fingerprint(teacher).partition("+")
-    if teacher.backend is not TeacherBackend.server:
-        key = f"{teacher.key}.path"
-        base += f".{settings_digest(read_config(locate(teacher.path, key, teacher.revision), key))}"
-    return f"{teacher.backend.value}:{base}{plus}{adapter}"
+    return f"{teacher.backend.value}:{teacher_fingerprint(teacher)}"
 
 
 def _located(teacher: Teacher) -> Teacher:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from posttrain.run_folder import RunFolder
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
 from teachers.check import check_teachers
+from teachers.fingerprint import fingerprint
 from teachers.gates import GateRow
 from teachers.teacher import Teacher, resolve
 from tests.tiny_models import tiny_dense, tiny_teacher
@@ -137,7 +139,8 @@ def test_a_file_swaps_a_teacher_once(world: World) -> None:
     [event] = world.events("teacher_swap")
     assert (event["step"], event["version"], event["domain"]) == (4, 2, "math")
     assert event["path"] == f"{world.root}/b" and event["former"] == f"{world.root}/a"
-    assert len(event["fingerprint"]) == 64
+    weights, _, settings = event["fingerprint"].partition(".")
+    assert weights == fingerprint(f"{world.root}/b") and len(settings) == 12
     assert world.check(5) == set() and world.preflight.measured[-1] == ("b", False)
     assert {row.path for row in world.preflight.rows_of("math")} == {f"{world.root}/b"}
     assert {row.gate for row in world.preflight.rows_of("math")} >= {"files", "weights", "foreign", "shared"}
@@ -309,3 +312,36 @@ def test_a_path_alone_keeps_the_back_end(world: World) -> None:
     world.live.read_file(3)
     assert [e["backend"] for e in world.events("teacher_swap")] == ["vllm", "vllm"]
     assert world.pool.held["math"].backend == "vllm"
+
+
+def test_a_teacher_that_was_overwritten_is_not_resumed_with(world: World) -> None:
+    """Its weights, or its config.json alone."""
+    world.check()
+    world.write("math: b\n".replace("b", f"{world.root}/b"))
+    world.live.read_file(2)
+    world.check()
+    config = Path(f"{world.root}/b/config.json")
+    former = config.read_text()
+    config.write_text(json.dumps(json.loads(former) | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=r"^teachers\.math\.path='.*/b': it changed since this run took it"):
+        world.restart()
+    config.write_text(former)
+    world.restart()
+    weights = Path(f"{world.root}/b/model.safetensors")
+    weights.write_bytes(Path(f"{world.root}/c/model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="put it back, or remove that file"):
+        world.restart()
+    (world.folder / "teachers.json").unlink()
+    world.restart()
+    assert world.held["math"] == "a"
+
+
+def test_another_config_beside_equal_tensors_is_another_teacher(world: World) -> None:
+    world.check()
+    other = Path(shutil.copytree(f"{world.root}/a", f"{world.root}/a2"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    assert world.live.set_teachers({"math": TeacherConfig(path=str(other))}, 2) == set()
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=r"rms_norm_eps=0\.5"):
+        world.live.set_teachers({"math": TeacherConfig(path=str(other))}, 3)
