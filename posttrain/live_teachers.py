@@ -84,6 +84,7 @@ class LiveTeachers:
         # domain -> the last teacher that passed and the rows of its files, while a new one is on trial
         self._former: dict[str, Teacher] = {}
         self._former_rows: dict[str, list[GateRow]] = {}
+        self._former_fingerprints: dict[str, str] = {}
         self._fingerprints = {d: teacher_fingerprint(t) for d, t in record.teachers.items()}
         self._stamp: tuple[int, int] | None = None
         # sha256 of the file whose teachers were loaded last, and of the one whose trial is over
@@ -150,6 +151,7 @@ class LiveTeachers:
         for domain in sorted(changed):
             self._former.setdefault(domain, former[domain])
             self._former_rows.setdefault(domain, self._preflight.rows_of(domain))
+            self._former_fingerprints.setdefault(domain, self._fingerprints[domain])
             self._preflight.replace(domain, new[domain], [row for row in rows if row.domain == domain])
             self._fingerprints[domain] = fingerprints[domain]
             self._tracker.event(
@@ -198,6 +200,7 @@ class LiveTeachers:
         """The teacher of ``domain`` passed: from now on a resumed run uses it."""
         self.unchecked.discard(domain)
         self._former_rows.pop(domain, None)
+        self._former_fingerprints.pop(domain, None)
         if self._former.pop(domain, None) is not None:
             self._save()
 
@@ -208,7 +211,7 @@ class LiveTeachers:
         self._set(self._in_use | {domain: former})
         self._preflight.replace(domain, former, self._former_rows.pop(domain))
         self._in_use[domain] = former
-        self._fingerprints[domain] = teacher_fingerprint(former)
+        self._fingerprints[domain] = self._former_fingerprints.pop(domain)
         self.version += 1
         self._tracker.event(
             "teacher_swap_refused",
@@ -228,7 +231,7 @@ class LiveTeachers:
         same_folders = (teacher.path, teacher.adapter) == (current.path, current.adapter)
         if same_folders and teacher.model is None and fingerprint != self._fingerprints[domain]:
             raise UserError(
-                f"{teacher.key}.path={teacher.name!r}: its weights changed in place, so that there would be no way"
+                f"{teacher.key}.path={teacher.name!r}: it changed in place, so that there would be no way"
                 " back; give the new teacher a folder of its own"
             )
         return fingerprint != self._fingerprints[domain]
@@ -284,7 +287,7 @@ class LiveTeachers:
             "version": self.version,
             "file": self._done,
             "teachers": {domain: asdict(teacher) for domain, teacher in passed.items()},
-            "fingerprints": {domain: teacher_fingerprint(teacher) for domain, teacher in passed.items()},
+            "fingerprints": self._fingerprints | self._former_fingerprints,  # as they were loaded
         }
         self._folder.write_json(RECORD, content)
 

@@ -148,15 +148,19 @@ def _folder(adapter: str, key: str) -> Path:
 
 def _is_base(named: str, base: str, key: str) -> bool | None:
     """Whether the checkpoint that the adapter names holds the weights of ``base``, in whatever type; None where it is not
-    here. Weights, not names, decide: a checkpoint may have moved."""
+    here, or in a form that cannot be compared. Weights, not names, decide: a checkpoint may have moved."""
     try:  # the folder in which it was trained may be on another machine, or gone
         other = str(locate(named, key))
         if fingerprint(other, key) == fingerprint(base, key):
             return True
-        pair = read_tensors(Path(other), key), read_tensors(Path(base), key)
+        theirs, ours = read_tensors(Path(other), key), read_tensors(Path(base), key)
     except UserError:
         return None
-    return compare_weights(*pair, vocab_size=0).is_student
+    report = compare_weights(theirs, ours, vocab_size=0)
+    same_shapes = {n: e.shape for n, e in theirs.items()} == {n: e.shape for n, e in ours.items()}
+    if report.not_read or not same_shapes:  # quantized, padded: another form, perhaps of the same weights
+        return None
+    return report.is_student
 
 
 def _check_shapes(

@@ -91,12 +91,12 @@ def read_tensors(folder: Path, key: str) -> dict[str, TensorEntry]:
 
 def _weight_files(folder: Path, key: str) -> list[Path]:
     if (folder / INDEX_NAME).exists():
-        if (folder / SINGLE_NAME).exists():
+        names = sorted(set(_weight_map(folder, key).values()))
+        if (folder / SINGLE_NAME).exists() and SINGLE_NAME not in names:
             raise UserError(
                 f"{key}={str(folder)!r}: it holds {SINGLE_NAME} and {INDEX_NAME}: Transformers loads the first, vLLM what"
                 " the second names; remove the stale one"
             )
-        names = sorted(set(_weight_map(folder, key).values()))
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(

@@ -21,7 +21,7 @@ from teachers.gates import GateRow, Subject
 from teachers.settings import differences
 from teachers.tokenization import same_ids
 from teachers.tokenizer_files import SPECIAL_TOKENS, TokenizerFiles, read_tokenizer, same_template
-from teachers.weights import FOREIGN_COSINE, SAME_COSINE, WeightReport, compare_weights
+from teachers.weights import FOREIGN_COSINE, LAYER, SAME_COSINE, WeightReport, absent, compare_weights
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -85,7 +85,7 @@ class _Gates:
         rows = [self._ok("files", f"{len(tensors)} tensors")]
         rows += [self._vocabulary(tokens, vocab_size), self._special(tokens)]
         rows += [self._template(tokens), self._tokenizer(folder), *self._revision(folder)]
-        rows.append(self._config(config, tensors))
+        rows.append(self._config(folder, config, tensors))
         if adapter is not None:
             rows.append(adapter_row(self.subject, str(folder)))
         if self.weights:
@@ -186,17 +186,14 @@ class _Gates:
             ]
         return [self._ok("revision", there[:8])]
 
-    def _config(self, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> GateRow:
+    def _config(self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> GateRow:
         """Tensors of one name and shape (rows of the vocabulary left out) are those of one architecture."""
-        shapes, ours = (
-            {name: entry.shape[-1] for name, entry in found.items()}
-            for found in (tensors, self.student.tensors)
-        )
-        shapes.pop("lm_head.weight", None)
-        ours.pop("lm_head.weight", None)
-        if shapes != ours:
-            return self._ok("config", "another shape")
-        wrong, unclear = differences(config, self.student.config)
+        if not _same_architecture(tensors, self.student.tensors):
+            return self.subject.unmeasured("config", "another shape")
+        wrong, unclear = differences(folder, self.student.folder)
+        is_tied, tied = (bool(c.get("tie_word_embeddings")) for c in (config, self.student.config))
+        if is_tied and not tied and "lm_head.weight" in tensors:
+            unclear.append("tie_word_embeddings=True beside a head of its own (student False)")
         way_out = "see that its config.json is the one that it was trained with"
         if wrong:
             return self._red(
@@ -317,6 +314,16 @@ class _Gates:
 
     def _red(self, gate: str, value: str, problem: str, way_out: str, number: float | None = None) -> GateRow:
         return self.subject.red(gate, value, problem, way_out, number, self.subject.base)
+
+
+def _same_architecture(teacher: dict[str, TensorEntry], student: dict[str, TensorEntry]) -> bool:
+    """Whether the teacher has what the student has in as many layers, and perhaps more (scales, heads of other tasks)."""
+    missing, extra, _ = absent(set(teacher), set(student))
+    layers = {found[1] for name in student if (found := LAYER.match(name))}
+    deeper = [name for name in extra if (found := LAYER.match(name)) and found[1] not in layers]
+    common = teacher.keys() & student.keys()
+    same = all(teacher[name].shape[-1:] == student[name].shape[-1:] for name in common)
+    return same and bool(common) and not deeper and not [name for name in missing if name != "lm_head.weight"]
 
 
 def _revision_on_disk(folder: Path) -> str | None:

@@ -48,7 +48,7 @@ class Scorer:
                 raise UserError(
                     f"teacher path={path!r}: {problem} {sorted(map(str, info[problem]))[:3]}; save it again"
                 )
-        if layers := _layers_left_out(info["unexpected_keys"], self.model.state_dict()):
+        if layers := _layers_left_out(info["unexpected_keys"], self.model):
             raise UserError(
                 f"teacher path={path!r}: its config.json has fewer layers than its weights (left out: {layers[0]}); give it"
                 " the config.json that it was trained with"
@@ -159,10 +159,21 @@ class Scorer:
             )
 
 
-def _layers_left_out(unexpected: Iterable[str], held: Iterable[str]) -> list[str]:
-    """Tensors that the model has in other layers and not in theirs. Heads of other tasks are not among them."""
-    known = {re.sub(r"\.\d+\.", ".N.", name) for name in held}
-    return sorted(name for name in unexpected if re.sub(r"\.\d+\.", ".N.", name) in known)
+def _layers_left_out(unexpected: Iterable[str], model: Any) -> list[str]:
+    """Tensors that the model has in other layers and not in theirs. Heads of other tasks are not among them, nor are
+    layers that predict further tokens (MTP), which come after the last one."""
+    config = model.config.get_text_config()
+    number = re.compile(r"\.(\d+)\.")
+    known = {number.sub(".N.", name) for name in model.state_dict()}
+    first = int(getattr(config, "num_hidden_layers", 0))
+    further = range(first, first + int(getattr(config, "num_nextn_predict_layers", 0) or 0))
+    return sorted(
+        name
+        for name in unexpected
+        if number.sub(".N.", name) in known
+        and (found := number.search(name))
+        and int(found[1]) not in further
+    )
 
 
 def plan_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 A tensor says nothing of the rotary base, the number of experts a token takes or how their weights are normalised: a teacher
 whose config.json was lost and written anew, or taken from a sibling, has whole weights and wrong scores. Owns which keys
-decide about a forward; reads JSON only. The same keys tell two checkpoints of equal tensors apart.
+decide about a forward. The same keys tell two checkpoints of equal tensors apart.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 # Nothing in a scoring forward depends on these. Rows of the vocabulary and marks have gates of their own; whether the head
 # is tied shows in the tensors.
 INERT = re.compile(
     r"_.*|architectures|(torch_)?dtype|transformers_version|auto_map|use_cache|return_dict|torchscript|problem_type"
-    r"|vocab_size|tie_word_embeddings|max_position_embeddings|max_sequence_length|(bos|eos|pad|sep|unk|cls)_token_id"
+    r"|vocab_size|tie_word_embeddings|max_sequence_length|(bos|eos|pad|sep|unk|cls)_token_id"
     r"|.*init(ializer)?_(range|std)|.*dropout.*|.*_pdrop|.*aux_loss.*|output_.*|id2label|label2id|num_labels"
     r"|.*gradient_checkpointing.*|use_bfloat16|is_encoder_decoder|chunk_size_feed_forward|tokenizer_class|finetuning_task"
     r"|attn_implementation|experts_implementation|seq_aux|moe_aux.*|.*z_loss.*"
@@ -32,36 +33,77 @@ DECIDING = re.compile(
 )
 
 
-def differences(teacher: dict[str, Any], student: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(what changes the forward, what may) of the teacher's config.json against the student's: ``key=theirs (student ours)``.
+def differences(teacher: Path, student: Path) -> tuple[list[str], list[str]]:
+    """(what changes the forward, what may) of the config.json of one checkpoint folder against another's, as
+    ``key=theirs (student ours)``.
 
-    Values that only one of the two names are told where they decide, as something that may change the forward: the
-    other's default is not known here.
+    Files that differ are read again by Transformers where it knows the family, which fills in its defaults and gives old
+    keys their present names. What only one of the two names then, is told where it decides, as something that may change the
+    forward.
     """
+    raw = [json.loads((folder / "config.json").read_text()) for folder in (teacher, student)]
+    found = _compare(*raw)
+    if not any(found):
+        return found
+    filled = [_filled(folder) for folder in (teacher, student)]
+    return found if None in filled else _compare(*filled)  # type: ignore[arg-type]
+
+
+def digest(config: dict[str, Any]) -> str:
+    """12 hex digits of everything in config.json that a forward may depend on."""
+    kept = {
+        key: float(value) if isinstance(value, int | float) else value
+        for key, value in _flat(config).items()
+        if value is not None and not _is_inert(key)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _compare(teacher: dict[str, Any], student: dict[str, Any]) -> tuple[list[str], list[str]]:
     theirs, ours = _flat(teacher), _flat(student)
+    for flat in (theirs, ours):
+        if flat.get("head_dim") is None and flat.get("hidden_size") and flat.get("num_attention_heads"):
+            flat["head_dim"] = flat["hidden_size"] // flat["num_attention_heads"]
+    unused = set() if _uses_context(theirs) or _uses_context(ours) else {"max_position_embeddings"}
+    if theirs.get("use_sliding_window") is ours.get("use_sliding_window") is False:
+        unused |= {"sliding_window", "max_window_layers"}
     wrong: list[str] = []
     unclear: list[str] = []
     for key in sorted(theirs.keys() | ours.keys()):
-        name = key.rpartition(".")[2]
-        if INERT.fullmatch(name) or theirs.get(key) == ours.get(key):  # null is as good as absent
+        one, other = theirs.get(key), ours.get(key)
+        if _is_inert(key) or key in unused or one == other:  # null is as good as absent
             continue
-        decides = DECIDING.fullmatch(key) or DECIDING.fullmatch(name)
-        text = f"{key}={theirs.get(key, '(not given)')} (student {ours.get(key, '(not given)')})"
-        if key in theirs and key in ours:
+        text = f"{key}={_words(one)} (student {_words(other)})"
+        decides = DECIDING.fullmatch(key) or DECIDING.fullmatch(key.rpartition(".")[2])
+        if one is not None and other is not None:
             (wrong if decides else unclear).append(text)
         elif decides:
             unclear.append(text)
     return wrong, unclear
 
 
-def digest(config: dict[str, Any]) -> str:
-    """12 hex digits of everything in config.json that a forward may depend on."""
-    kept = {
-        key: value
-        for key, value in _flat(config).items()
-        if value is not None and not INERT.fullmatch(key.rpartition(".")[2])
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+def _words(value: Any) -> str:
+    return "not given" if value is None else str(value)
+
+
+def _is_inert(key: str) -> bool:
+    return any(INERT.fullmatch(part) for part in key.split("."))
+
+
+def _uses_context(flat: dict[str, Any]) -> bool:
+    """Whether the rotary settings may depend on the longest context (YaRN, dynamic scaling)."""
+    kinds = {value for key, value in flat.items() if key.startswith("rope.") and key.endswith("rope_type")}
+    return not kinds <= {"default", "linear", "llama3"}
+
+
+def _filled(folder: Path) -> dict[str, Any] | None:
+    """config.json with the defaults of its family; None where Transformers does not know it."""
+    from transformers import AutoConfig
+
+    try:  # someone else's file; families raise half a dozen types for what they do not like
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except Exception:
+        return None
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -93,4 +135,4 @@ def _spread(node: dict[str, Any], prefix: str, found: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _spread(value, f"{prefix}{key}.", found)
         else:
-            found[prefix + key] = value
+            found[prefix + str(key)] = value

@@ -13,6 +13,7 @@ import numpy as np
 from teachers.checkpoint import DTYPE_BITS, TensorEntry
 
 SLICES, SLICE_ELEMENTS = 16, 2**12
+EXPERT_SLICES = 4
 READABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -52,12 +53,19 @@ def read_rows(entry: TensorEntry, rows: np.ndarray) -> np.ndarray:
 
 
 def read_experts(entry: TensorEntry, count: int) -> np.ndarray:
-    """The first ``count`` values of every expert [E, count] float64 of a stacked tensor."""
+    """``count`` values of every expert [E, count] float64 of a stacked tensor (all, where it has fewer), in `EXPERT_SLICES`
+    slices spread over it."""
     width = DTYPE_BITS[entry.dtype] // 8
-    each = math.prod(entry.shape[1:]) * width
+    each = math.prod(entry.shape[1:])
+    length = min(each, count) if each <= count else count // EXPERT_SLICES
+    starts = [0] if each <= count else np.linspace(0, each - length, EXPERT_SLICES).astype(int).tolist()
     with entry.file.open("rb") as stream:
-        raw = b"".join(_at(stream, entry.start + e * each, count * width) for e in range(entry.shape[0]))
-    return _decode(raw, entry.dtype).astype(np.float64).reshape(entry.shape[0], count)
+        raw = b"".join(
+            _at(stream, entry.start + (e * each + start) * width, length * width)
+            for e in range(entry.shape[0])
+            for start in starts
+        )
+    return _decode(raw, entry.dtype).astype(np.float64).reshape(entry.shape[0], length * len(starts))
 
 
 def _at(stream: BinaryIO, start: int, length: int) -> bytes:

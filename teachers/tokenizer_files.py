@@ -124,5 +124,5 @@ def _parsed(template: str) -> object | None:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     try:  # someone else's template
         return environment.parse(template)
-    except TemplateSyntaxError:
+    except (TemplateSyntaxError, RecursionError):
         return None

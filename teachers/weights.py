@@ -34,10 +34,12 @@ UNLIKE_SHARE = 0.02  # of the rows, above which they were replaced
 EXPERT_ELEMENTS = 2**10  # read of each expert of a stacked tensor
 SCALE = (0.8, 1.25)  # of a tensor's length; training moves it by percents
 NORM_DISTANCE = 0.03  # of its length, which a norm moves at most where its matrices move less
+MIN_CONSTANT = 64  # equal elements; scales of quantized tensors are fewer
 MIN_COUNT = 8  # elements, below which a share says nothing
 ZERO_SHARE = 0.005  # more zeros than in the student's tensor: a cast flushed small values
 TOP_SHARE = 0.001  # elements at the largest |value|: a cast clipped large values
 FINAL_NORMS = ("model.norm.weight", "final_layernorm.weight", "norm_f.weight", "ln_f.weight")
+SINGLE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 LAYER = re.compile(r"(.*\.(?:layers|h|blocks)\.\d+)\.")
 
 
@@ -107,11 +109,12 @@ def compare_weights(
         gaps = list(threads.map(lambda name: _gap(readable[name], twins.get(name)), readable))
     report = WeightReport(gaps=gaps, cosine=None, not_read=sorted(set(teacher) - set(readable)))
     matrices = [gap.cosine for gap in gaps if gap.is_matrix and gap.cosine is not None]
-    num_matrices = sum(len(entry.shape) > 1 for entry in student.values())
+    missing, extra, other_layout = absent(set(teacher), set(student))
+    num_matrices = sum(len(entry.shape) > 1 for name, entry in student.items() if name not in other_layout)
     if matrices and 2 * len(matrices) >= num_matrices:
         report.cosine = float(np.median(matrices))
-        report.missing, report.extra = _absent(set(teacher), set(student))
-        all_read = not report.missing and not report.not_read
+        report.missing, report.extra = missing, extra
+        all_read = not missing and not other_layout and not report.not_read
         report.is_student = all_read and all(gap.is_equal for gap in gaps if gap.name in student)
         report.untouched = None if report.is_student else _untouched([g for g in gaps if g.name in twins])
     report.broken = next((words for gap in gaps if (words := _broken(gap))), None)
@@ -141,20 +144,18 @@ def _without_padding(
     return replace(entry, shape=(num_tokens, entry.shape[1]), end=entry.start + num_bytes)
 
 
-def _absent(teacher: set[str], student: set[str]) -> tuple[list[str], list[str]]:
-    """(missing, extra) names. Experts that one of the two stacks and the other has one by one are neither."""
+def absent(teacher: set[str], student: set[str]) -> tuple[list[str], list[str], set[str]]:
+    """(missing, extra, in another layout) names: experts that one of the two stacks and the other has one by one."""
     missing, extra = student - teacher, teacher - student
-    single, stacked = (
-        re.compile(r"(.*\.experts)\.\d+\..*"),
-        re.compile(r"(.*\.experts)\.[a-z_]+(?:_proj|\.weight)?"),
-    )
+    other: set[str] = set()
     for names, others in ((missing, extra), (extra, missing)):
-        places = {m[1] for name in others if (m := stacked.fullmatch(name))}
-        both = {name for name in names if (m := single.fullmatch(name)) and m[1] in places}
-        places = {m[1] for name in both if (m := single.fullmatch(name))}
-        gone = both | {name for name in others if (m := stacked.fullmatch(name)) and m[1] in places}
-        missing, extra = missing - gone, extra - gone
-    return sorted(missing), sorted(extra)
+        for name in names:
+            if (found := SINGLE_EXPERT.fullmatch(name)) is None:
+                continue
+            stacked = f"{found[1]}.{'down_proj' if found[2] in ('down_proj', 'w2') else 'gate_up_proj'}"
+            if stacked in others:
+                other |= {name, stacked}
+    return sorted(missing - other), sorted(extra - other), other
 
 
 def _untouched(gaps: list[TensorGap]) -> str | None:
@@ -201,7 +202,13 @@ def _broken(gap: TensorGap) -> str | None:
         return f"{gap.name} holds NaN or infinite values ({gap.num_bad} of those read)"
     if gap.norm == 0 and (gap.is_matrix if gap.student_spread is None else gap.ratio is not None):
         return f"{gap.name} is all zero"
-    if gap.is_matrix and gap.spread == 0 and gap.norm > 0 and gap.student_spread != 0:
+    if (
+        gap.is_matrix
+        and gap.spread == 0
+        and gap.norm > 0
+        and gap.student_spread != 0
+        and gap.num_read >= MIN_CONSTANT
+    ):
         return f"{gap.name} is constant"
     if not gap.is_matrix or gap.student_zero_share is None or gap.student_top_share is None:
         return None
@@ -223,7 +230,7 @@ def _strange(gap: TensorGap, cosine: float, distance: float) -> str | None:
     medians of the matrices, beside which norms hardly move."""
     if gap.cosine is None or gap.ratio is None:
         return None
-    is_norm = not gap.is_matrix and "norm" in gap.name
+    is_norm = not gap.is_matrix and "norm" in gap.name and gap.name.endswith(".weight")
     scaled = gap.is_matrix or gap.name.endswith("norm.weight")
     if scaled and gap.cosine >= SAME_COSINE and not SCALE[0] <= gap.ratio <= SCALE[1]:
         text = f"{gap.name} is the student's times {gap.ratio:.3g}"
@@ -237,9 +244,16 @@ def _strange(gap: TensorGap, cosine: float, distance: float) -> str | None:
         return f"expert {index} of {gap.name} is not the student's (cosine {value:.2f}) {rest}"
     if gap.is_matrix and _is_odd(gap.cosine, cosine):
         return f"{gap.name} is not the student's (cosine {gap.cosine:.2f}) {rest}"
-    if is_norm and gap.num_read >= MIN_COUNT and (moved := _distance(gap)) > max(NORM_DISTANCE, distance):
+    if is_norm and gap.num_read >= MIN_COUNT and (moved := _moved(gap)) > max(NORM_DISTANCE, distance):
         return f"{gap.name} is not the student's (moved by {moved:.2f} of its length) {rest}"
     return None
+
+
+def _moved(gap: TensorGap) -> float:
+    """`_distance` of a norm; of one that is centred at zero (1 + weight), relative to ones."""
+    assert gap.ratio is not None
+    length = gap.norm / gap.ratio if gap.ratio else 0.0
+    return _distance(gap) * min(1.0, length / math.sqrt(gap.num_read))
 
 
 def _distance(gap: TensorGap) -> float:
@@ -320,13 +334,13 @@ def _gap(teacher: TensorEntry, student: TensorEntry | None) -> TensorGap:
         if length > 0:
             gap.ratio = norm / length
             gap.cosine = float(values @ other) / (norm * length) if norm > 0 else 0.0
-        if len(teacher.shape) > 2 and teacher.shape[0] > 1:
+        if len(teacher.shape) > 2 and ".experts" in teacher.name:
             gap.worst_expert = _worst_expert(teacher, student)
     return gap
 
 
 def _worst_expert(teacher: TensorEntry, student: TensorEntry) -> tuple[int, float]:
-    """Index and cosine of the expert of a stacked tensor that is least like the student's, by its first elements."""
+    """Index and cosine of the expert of a stacked tensor that is least like the student's, by values spread over it."""
     count = min(EXPERT_ELEMENTS, math.prod(teacher.shape[1:]))
     theirs, ours = (
         np.nan_to_num(read_experts(entry, count), nan=0.0, posinf=0.0, neginf=0.0)

@@ -349,7 +349,7 @@ WRONG: list[tuple[Callable[[Path, Path], None], str, str]] = [
     (float16_overflow, "weights", "holds NaN or infinite values"),
     (clipped, "weights", "clipped it"),
     (foreign_init, "foreign", "of another origin"),
-    (setting(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}), "config", "rope.rope_theta=1000000.0 (student 10000.0)"),
+    (setting(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}), "config", "rope.rope_theta=1000000.0 (student 10000"),
     (setting(num_experts_per_tok=1), "config", "num_experts_per_tok=1 (student 2)"),
     (setting(norm_topk_prob=False), "config", "norm_topk_prob=False (student True)"),
     (setting(hidden_act="gelu"), "config", "hidden_act=gelu (student silu)"),
