@@ -140,9 +140,8 @@ def choose(row: Row, s: Seed) -> Any:
         with s.aside():
             accuracy = [_mean_accuracy(s, row, value) for value in grid]
         best = grid[int(np.argmax(accuracy))]
-        chosen = (
-            json.loads(file.read_text()) if file.exists() else {}
-        )  # another process may have written since
+        # Another process may have written since.
+        chosen = json.loads(file.read_text()) if file.exists() else {}
         chosen[key] = {
             "value": best,
             "seed": s.seed,

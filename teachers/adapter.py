@@ -28,13 +28,8 @@ REFUSED = (
     "trainable_token_indices",
     "layer_replication",
 )  # they replace parts of the base
-REWRITING = (
-    "pissa",
-    "olora",
-    "loftq",
-    "corda",
-    "lora_ga",
-)  # initialisations that change the base's own weights
+# Initialisations that change the base's own weights.
+REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def read_adapter(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, TensorEntry]]:

