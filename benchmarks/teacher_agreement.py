@@ -52,7 +52,9 @@ from teachers.teacher import Teacher
 
 BARS = {Dtype.float32: 1e-5, Dtype.bfloat16: 1e-3}
 
-Logprobs = list[np.ndarray]
+NUM_DRAWS = 2000
+
+Logprobs = list[np.ndarray]  # [T] each
 
 
 def answers(
@@ -122,7 +124,7 @@ def vllm_server(path: str, dtype: Dtype, log: Path, key: str, max_tokens: int) -
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "teacher", "--dtype", dtype.value, "--enforce-eager", "--max-model-len", str(max_tokens),
-        "--kv-cache-memory-bytes", str(1 << 28), "--api-key", key,
+        "--kv-cache-memory-bytes", str(1 << 28), "--api-key", key, "--hf-overrides", '{"head_dtype": "float32"}',
     ]  # fmt: skip
     quiet = {"VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     with log.open("w") as stream:
@@ -149,16 +151,22 @@ def vllm_server(path: str, dtype: Dtype, log: Path, key: str, max_tokens: int) -
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def gaps(one: Logprobs, other: Logprobs, masks: list[np.ndarray] | None = None) -> np.ndarray:
-    """|difference| in nat of every token that has a prediction, or of those in ``masks`` alone."""
-    found = np.concatenate([np.abs(a - b)[1:] for a, b in zip(one, other, strict=True)])
-    return found if masks is None else found[np.concatenate([mask[1:] for mask in masks])]
+def gaps(one: Logprobs, other: Logprobs, masks: list[np.ndarray] | None = None) -> Logprobs:
+    """|difference| in nat of every token of a text that has a prediction, or of those in ``masks`` alone."""
+    found = [np.abs(a - b)[1:] for a, b in zip(one, other, strict=True)]
+    return found if masks is None else [gap[mask[1:]] for gap, mask in zip(found, masks, strict=True)]
 
 
-def summarise(found: np.ndarray) -> dict[str, float]:
+def summarise(texts: Logprobs) -> dict[str, Any]:
+    """``mean_95`` is a bootstrap interval over texts: a few tokens make most of the mean."""
+    found = np.concatenate(texts)
+    sums = np.array([[gap.sum(dtype=np.float64), len(gap)] for gap in texts])
+    chosen = np.random.default_rng(0).integers(len(texts), size=(NUM_DRAWS, len(texts)))
+    total, num_tokens = sums[chosen].sum(axis=1).T
     return {
         "num_tokens": found.size,
         "mean": float(found.mean()),
+        "mean_95": np.quantile(total / num_tokens, [0.025, 0.975]).tolist(),
         "median": float(np.median(found)),
         "p99": float(np.quantile(found, 0.99)),
         "max": float(found.max()),
@@ -168,7 +176,7 @@ def summarise(found: np.ndarray) -> dict[str, float]:
 
 def measure(run: Path, num_prompts: int, folder: Path) -> list[dict[str, Any]]:
     """One row per domain, type, pair of back ends and choice of tokens; the last ones pool the domains."""
-    pooled: dict[tuple[str, str, str], list[np.ndarray]] = {}
+    pooled: dict[tuple[str, str, str], Logprobs] = {}
     rows = []
     for domain, (ids, masks) in answers(run, num_prompts, folder).items():
         path = str((run / "teachers" / domain / "model").resolve())
@@ -189,16 +197,17 @@ def measure(run: Path, num_prompts: int, folder: Path) -> list[dict[str, Any]]:
             for pair, (one, other) in pairs.items():
                 for tokens, chosen in (("answers", masks), ("all", None)):
                     found = gaps(one, other, chosen)
-                    pooled.setdefault((dtype.value, pair, tokens), []).append(found)
+                    pooled.setdefault((dtype.value, pair, tokens), []).extend(found)
                     rows.append(_row(domain, dtype.value, pair, tokens, found))
-    return rows + [_row("all domains", *key, np.concatenate(found)) for key, found in pooled.items()]
+    return rows + [_row("all domains", *key, found) for key, found in pooled.items()]
 
 
-def _row(domain: str, dtype: str, pair: str, tokens: str, found: np.ndarray) -> dict[str, Any]:
+def _row(domain: str, dtype: str, pair: str, tokens: str, found: Logprobs) -> dict[str, Any]:
     row = {"domain": domain, "dtype": dtype, "pair": pair, "tokens": tokens, **summarise(found)}
     print(
-        f"{domain:<12} {dtype:<9} {pair:<24} {tokens:<8} mean {row['mean']:.2e}  median {row['median']:.1e}"
-        f"  p99 {row['p99']:.1e}  max {row['max']:.2g}  of {found.size:,} tokens",
+        f"{domain:<12} {dtype:<9} {pair:<24} {tokens:<8} mean {row['mean']:.2e}"
+        f" [{row['mean_95'][0]:.2e}, {row['mean_95'][1]:.2e}]  median {row['median']:.1e}  p99 {row['p99']:.1e}"
+        f"  max {row['max']:.2g}  of {row['num_tokens']:,} tokens",
         flush=True,
     )
     return row

@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from posttrain.config import ModelConfig, OnUpdate, Replay, RolloutConfig, UserError
+from posttrain.config import Dtype, ModelConfig, OnUpdate, Replay, RolloutConfig, UserError
 from posttrain.records import EngineInfo, WeightBundle
 from rollout.checkpoint import checkpoint_shapes, local_checkpoint
 from rollout.cpu import use_float32_products
@@ -93,10 +93,15 @@ def engine_options(cfg: RolloutConfig, model: ModelConfig, seed: int) -> dict[st
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(2048, cfg.max_model_len),
         }
-    merged = options | FIXED_OPTIONS | cfg.vllm
-    if cfg.head_dtype is not None and not callable(merged.get("hf_overrides")):
-        merged["hf_overrides"] = {"head_dtype": cfg.head_dtype.value} | (merged.get("hf_overrides") or {})
-    return merged
+    return with_head_dtype(options | FIXED_OPTIONS | cfg.vllm, cfg.head_dtype)
+
+
+def with_head_dtype(options: dict[str, Any], head_dtype: Dtype | None) -> dict[str, Any]:
+    """Engine ``options`` in which the LM head's product is taken in ``head_dtype``, if they do not say otherwise."""
+    overrides = options.get("hf_overrides")
+    if head_dtype is None or callable(overrides):
+        return options
+    return options | {"hf_overrides": {"head_dtype": head_dtype.value} | (overrides or {})}
 
 
 def _moe_layers(worker: Any) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 
 TEMPERATURES = np.geomspace(0.2, 5.0, 41)
 MIN_TOKENS = 3
+ROUNDING = 2**-6  # four times what rounding to bfloat16 does to a logit
 NAMED_SHARE = 0.2  # an alternative is named when it explains all but this share of the difference
 
 
@@ -35,7 +36,7 @@ def examine(model: Any, texts: list[np.ndarray], scores: list[np.ndarray]) -> Ex
         if len(ids) < MIN_TOKENS:
             continue
         tokens = torch.from_numpy(np.asarray(ids, np.int64)).to(model.device)
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0].float().cpu()
+        logits = _logits(model, tokens).cpu()
         pairs.append((logits, tokens.cpu(), np.asarray(given, np.float64)))
     assert pairs, f"no text of {MIN_TOKENS} tokens to compare on"
     right = _differences(pairs, _direct)
@@ -43,6 +44,19 @@ def examine(model: Any, texts: list[np.ndarray], scores: list[np.ndarray]) -> Ex
     return Examination(
         mean_abs=mean, max_abs=float(right.max()), num_tokens=right.size, explanation=_explain(pairs, mean)
     )
+
+
+def _logits(model: Any, tokens_T: torch.Tensor) -> torch.Tensor:
+    """[T, V] float32 of the model's own forward, with the last product of a plain head not rounded to the model's type."""
+    seen: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        logits: torch.Tensor = model(input_ids=tokens_T[None], use_cache=False).logits[0].float()
+    if type(head) is not torch.nn.Linear or logits.dtype is seen[0].dtype:
+        return logits
+    bias = None if head.bias is None else head.bias.float()
+    exact = torch.nn.functional.linear(seen[0][0].float(), head.weight.float(), bias)
+    return exact if torch.allclose(exact, logits, rtol=ROUNDING, atol=ROUNDING) else logits
 
 
 def _explain(pairs: list[Any], mean: float) -> str | None:

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 
 from posttrain.config import Dtype, ModelConfig, UserError
+from posttrain.logits import float32_logits
 from teachers.backend import TokenScores, as_array
 from teachers.lora import Adapters
 from teachers.scores import TeacherScoreError, check_finite, check_ids
@@ -31,11 +33,20 @@ CALL_TOKENS = 256  # what a forward costs beside its tokens, in tokens; benchmar
 class Scorer:
     """A frozen model that scores token sequences at temperature 1 over its full vocabulary: a `teachers.backend.Backend`."""
 
-    def __init__(self, path: str, model: ModelConfig, dtype: Dtype, device: str = "cpu") -> None:
-        """Load ``path``. Attention, experts implementation and remote code follow ``model``; raises `UserError`
-        when weights are missing or the head is not a plain matrix product."""
+    def __init__(
+        self,
+        path: str,
+        model: ModelConfig,
+        dtype: Dtype,
+        device: str = "cpu",
+        head_dtype: Dtype | None = Dtype.float32,
+    ) -> None:
+        """Load ``path`` in ``dtype``; ``head_dtype`` is that of the LM head's product, None: ``dtype``. Attention,
+        experts implementation and remote code follow ``model``; raises `UserError` when weights are missing or the
+        head is not a plain matrix product."""
         transformers.utils.logging.disable_progress_bar()
         self.path = path
+        self.head_dtype = getattr(torch, (head_dtype or dtype).value)
         self.model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype.value),
@@ -82,9 +93,10 @@ class Scorer:
         sequence is a batch of its own).
         """
         scores = [TokenScores(logprobs=np.zeros(0, np.float32))] * len(token_ids)
+        head = self._merged_head(self.head_dtype)
         for batch in plan_batches([len(ids) for ids in token_ids], max_tokens_per_batch):
             wanted = [np.ones(len(token_ids[i]), bool) if masks is None else masks[i] for i in batch]
-            scored = self._forward([token_ids[i] for i in batch], wanted, signal, top_k)
+            scored = self._forward([token_ids[i] for i in batch], wanted, signal, top_k, head)
             for index, score in zip(batch, scored, strict=True):
                 check_finite(score.logprobs, self.path, names[index] if names else str(index))
                 scores[index] = score
@@ -92,15 +104,21 @@ class Scorer:
 
     def head(self) -> torch.Tensor:
         """[V, H], or [V, H + 1] with the bias as the last column, which meets a 1 in `TokenScores.hidden`."""
-        head: Any = self.lm_head
-        if hasattr(head, "merge") and not head.disable_adapters:  # LoRA on the head itself
-            head = copy.deepcopy(head)
-            head.merge()
+        head = self._merged_head(self.lm_head.weight.dtype)
         return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
+
+    def _merged_head(self, dtype: torch.dtype) -> Any:
+        """The head with the adapter that is active on it, if one is, merged in ``dtype`` and not rounded before."""
+        head: Any = self.lm_head
+        if not hasattr(head, "merge") or head.disable_adapters:
+            return head
+        head = copy.deepcopy(head).to(dtype)
+        head.merge()
+        return head
 
     @torch.no_grad()
     def _forward(
-        self, token_ids: list[np.ndarray], masks: list[np.ndarray], signal: str, top_k: int
+        self, token_ids: list[np.ndarray], masks: list[np.ndarray], signal: str, top_k: int, head: Any
     ) -> list[TokenScores]:
         """Right padding under a causal mask: no real token sees padding, so no attention mask is needed and every
         architecture gives what it gives for the sequence alone."""
@@ -120,7 +138,7 @@ class Scorer:
         wanted_N = torch.from_numpy(np.concatenate([mask[1:] for mask in masks])).to(self.device)
         columns = top_k if signal in ("top_k", "top_k_renorm") else 0
         logprobs_N, topk_ids_MK, topk_logprobs_MK = token_logprobs(
-            hidden_NH, targets_BT[predicts], self.lm_head, wanted_N, columns
+            hidden_NH, targets_BT[predicts], head, wanted_N, columns, self.head_dtype
         )
         logprobs = logprobs_N.cpu().numpy()
         topk_ids = topk_ids_MK.to(torch.int32).cpu().numpy() if columns else None
@@ -207,18 +225,26 @@ def token_logprobs(
     head: torch.nn.Module,
     wanted_N: torch.Tensor,
     top_k: int = 0,
+    head_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log softmax(head(hidden))[target] in float32 [N], by chunks: the full [N, vocabulary] never exists.
 
-    From the same logits ids and logprobs [M, top_k] of the likeliest tokens of the M rows where ``wanted_N`` holds.
+    ``head`` is linear, and its product taken in ``head_dtype``. From the same logits ids and logprobs [M, top_k] of the
+    likeliest tokens of the M rows where ``wanted_N`` holds.
     """
-    chunk = max(1, SOFTMAX_CHUNK_ELEMENTS // int(head.weight.shape[0]))
+    weight: Any = head.weight
+    bias: Any = head.bias
+    chunk = max(1, SOFTMAX_CHUNK_ELEMENTS // len(weight))
     logprobs = [torch.zeros(0, device=hidden_NH.device)]
     topk_logprobs = [torch.zeros(0, top_k, device=hidden_NH.device)]
     topk_ids = [torch.zeros(0, top_k, dtype=torch.long, device=hidden_NH.device)]
     for start in range(0, len(targets_N), chunk):
         part = slice(start, start + chunk)
-        logits = head(hidden_NH[part]).float()
+        if head_dtype is torch.float32:
+            logits = float32_logits(hidden_NH[part], weight, bias)
+        else:
+            rounded_bias = None if bias is None else bias.to(head_dtype)
+            logits = F.linear(hidden_NH[part].to(head_dtype), weight.to(head_dtype), rounded_bias).float()
         normalisers = logits.logsumexp(-1)
         logprobs.append(logits.gather(-1, targets_N[part, None]).squeeze(-1) - normalisers)
         if top_k:

@@ -20,6 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from rollout.cpu import use_float32_products
+from rollout.engine import with_head_dtype
 from teachers.backend import TokenScores
 from teachers.scores import check_finite, check_ids, check_signal, empty_scores, keep_rows
 from teachers.teacher import SIGNALS
@@ -69,7 +70,7 @@ def engine_options(path: str, cfg: TeacherWorkerConfig, model: ModelConfig) -> d
     }
     if current_platform.is_cpu():
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
-    return options | FIXED_OPTIONS | cfg.vllm
+    return with_head_dtype(options | FIXED_OPTIONS | cfg.vllm, cfg.head_dtype)
 
 
 class VllmScorer:

@@ -164,7 +164,7 @@ class TeacherWorker:
             return ServerScorer(teacher, self.cfg)
         from teachers.scorer import Scorer
 
-        return Scorer(teacher.path, self.model, self.cfg.dtype, self.device)
+        return Scorer(teacher.path, self.model, self.cfg.dtype, self.device, self.cfg.head_dtype)
 
 
 def base_of(key: str) -> str:

@@ -165,6 +165,8 @@ class TeacherWorkerConfig:
     """Ray actors that score; teachers are spread over them."""
     dtype: Dtype = Dtype.float32
     """Type in which teachers are held."""
+    head_dtype: Dtype | None = Dtype.float32
+    """Type of the LM head's product, backend=server apart, which has its own; as `rollout.head_dtype`."""
     max_tokens_per_batch: int = 8192
     """Tokens (padding included) of one scoring forward."""
     cores_per_worker: int | None = None

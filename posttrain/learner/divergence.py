@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.learner.logprobs import HeadGradients, chunk_logits, maths_dtype
+from posttrain.learner.logprobs import HeadGradients, maths_dtype
+from posttrain.logits import float32_logits
 
 TeacherStates = list[tuple[Tensor, Tensor, Tensor]]
 """Of each LM head: indices [n] int64 of its tokens, the teacher's hidden states [n, H'] that predict them, and the
@@ -30,7 +31,7 @@ class _GatheredLogprobs(torch.autograd.Function):
         normalisers = torch.empty_like(logprobs[:, :1])
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = chunk_logits(hidden[part], weight, bias)
+            logits = float32_logits(hidden[part], weight, bias)
             normalisers[part] = torch.logsumexp(logits, dim=-1, keepdim=True)
             logprobs[part] = logits.gather(1, ids[part]) - normalisers[part]
         ctx.save_for_backward(hidden, weight, bias, ids, normalisers)
@@ -44,7 +45,7 @@ class _GatheredLogprobs(torch.autograd.Function):
         gradients = HeadGradients(ctx.needs_input_grad[:3], hidden, weight, bias)
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            logits = chunk_logits(hidden[part], weight, bias)
+            logits = float32_logits(hidden[part], weight, bias)
             # d log p_j / d logits = onehot_j - softmax, summed over the columns j.
             softmax = logits.sub_(normalisers[part]).exp_()
             grad = softmax.mul_(-grad_logprobs[part].sum(1, keepdim=True))
@@ -113,9 +114,9 @@ def _cut(teacher: TeacherStates, chunk_tokens: int) -> Iterator[tuple[Tensor, Te
 def _both_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, head: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[n, V] of the policy and of the teacher; each product is taken in the type of its own model."""
-    logits = chunk_logits(hidden, weight, bias)
-    return logits, chunk_logits(states, head, None).to(logits.dtype)
+    """[n, V] of the policy and of the teacher."""
+    logits = float32_logits(hidden, weight, bias)
+    return logits, float32_logits(states, head, None).to(logits.dtype)
 
 
 def _compare(logits: Tensor, other: Tensor, normalisers: Tensor) -> tuple[Tensor, Tensor]:

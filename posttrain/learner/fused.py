@@ -2,7 +2,7 @@
 
 Same meaning as `logprobs.target_logprobs`: float32, and a gradient with a weight of its own for every token. Liger
 makes the logits again in its backward pass too, with softmax and gradient in one kernel. Refuses a head with a bias,
-which Liger adds after rounding.
+which Liger adds after rounding. Logits of a bfloat16 model are rounded to bfloat16 first, which `posttrain.logits` avoids.
 """
 
 from __future__ import annotations

@@ -9,13 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[n, V] float32 (float64 for a float64 model). The product is taken in the type of the model, as an engine does it."""
-    return F.linear(hidden, weight, bias).to(maths_dtype(hidden))
+from posttrain.logits import float32_logits
 
 
 def maths_dtype(hidden: Tensor) -> torch.dtype:
@@ -68,7 +64,7 @@ class _TargetLogprobs(torch.autograd.Function):
         normalisers = torch.empty_like(logprobs)
         for start in range(0, num_tokens, chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = chunk_logits(hidden[part], weight, bias)
+            logits = float32_logits(hidden[part], weight, bias)
             normalisers[part] = torch.logsumexp(logits, dim=-1)
             logprobs[part] = logits.gather(1, target_ids[part, None])[:, 0] - normalisers[part]
         ctx.save_for_backward(hidden, weight, bias, target_ids, normalisers)
@@ -82,7 +78,7 @@ class _TargetLogprobs(torch.autograd.Function):
         gradients = HeadGradients(ctx.needs_input_grad[:3], hidden, weight, bias)
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            logits = chunk_logits(hidden[part], weight, bias)
+            logits = float32_logits(hidden[part], weight, bias)
             # d logp / d logits = onehot - softmax, written into the logits' own memory.
             grad = logits.sub_(normalisers[part, None]).exp_().neg_()
             grad.scatter_add_(1, target_ids[part, None], torch.ones_like(grad[:, :1]))

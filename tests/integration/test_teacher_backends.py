@@ -112,8 +112,8 @@ import json, sys
 import numpy as np
 from rollout.process import prepare
 prepare(0, 1)
-from posttrain.config import ModelConfig, TeacherWorkerConfig, UserError
-from teachers.vllm_scorer import VllmScorer
+from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
+from teachers.vllm_scorer import VllmScorer, engine_options
 cfg = TeacherWorkerConfig(vllm={{"max_model_len": 64}})
 scorer = VllmScorer({models["qwen"]!r}, cfg, ModelConfig(), "teachers.math")
 ids = np.arange(20, dtype=np.int32)
@@ -123,7 +123,8 @@ for texts, signal in (([np.zeros(64, np.int32)], "sampled"), ([ids], "full")):
     try: scorer.score(texts, 0, signal=signal)
     except UserError as error: refused.append(str(error))
 json.dump({{"ids": one.topk_ids.tolist(), "logprobs": one.topk_logprobs.tolist(), "vocab_size": scorer.vocab_size,
-  "refused": refused}}, open(sys.argv[1], "w"))
+  "refused": refused, "heads": [engine_options("x", TeacherWorkerConfig(head_dtype=h and Dtype(h), vllm=v), ModelConfig()).get("hf_overrides")
+  for h, v in (("float32", {{}}), (None, {{}}), ("float32", {{"hf_overrides": {{"head_dtype": "model", "a": 1}}}}))]}}, open(sys.argv[1], "w"))
 """
     out = Path(models["qwen"]).parent / "topk.json"
     subprocess.run(
@@ -142,6 +143,7 @@ json.dump({{"ids": one.topk_ids.tolist(), "logprobs": one.topk_logprobs.tolist()
     np.testing.assert_allclose(content["logprobs"][1:], values.numpy(), atol=1e-5)
     assert "a text of 64 tokens, and the engine holds 63" in content["refused"][0]
     assert "algorithm.signal='full'" in content["refused"][1]
+    assert content["heads"] == [{"head_dtype": "float32"}, None, {"head_dtype": "model", "a": 1}]
 
 
 def test_a_vllm_server_gives_the_same_numbers(

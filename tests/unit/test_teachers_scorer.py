@@ -140,7 +140,12 @@ def test_softmax_never_holds_more_logits_than_the_chunk(
     scorer = Scorer(str(qwen3_moe), ModelConfig(), Dtype.float32)
     monkeypatch.setattr(scorer_module, "SOFTMAX_CHUNK_ELEMENTS", 5 * scorer.vocab_size)
     rows: list[int] = []
-    scorer.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    logits = scorer_module.float32_logits
+    monkeypatch.setattr(
+        scorer_module,
+        "float32_logits",
+        lambda hidden, *head: rows.append(len(hidden)) or logits(hidden, *head),
+    )
     scorer.score(sequences([64, 64]), 512)
     assert max(rows) == 5 and sum(rows) == 2 * 63
 
