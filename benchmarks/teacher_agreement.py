@@ -6,7 +6,7 @@ Takes a finished pipeline (`make demo` makes one). Its student answers training 
 the domain's teacher scores each answer through Transformers in this process, a vLLM engine and a vLLM server. Differences of
 log-probabilities in nat, over the tokens of the answers, which are all that a run asks a teacher for, and over all tokens:
 the words of a prompt are nearly random, and teachers give them little probability. "rounding" is Transformers in bfloat16
-against float32. Bars, on answers of all domains: a mean below 1e-5 in float32 and below 1e-3 in bfloat16. Where vLLM
+against float32; with "rounded heads" the product of the LM head is rounded to bfloat16 too (`teacher_workers.head_dtype=null`). Bars, on answers of all domains: a mean below 1e-5 in float32 and below 1e-3 in bfloat16. Where vLLM
 cannot hold a teacher in a type (MiMo's attention sinks in float32 on CPUs), it says so and measures the other type.
 """
 
@@ -53,6 +53,8 @@ from teachers.teacher import Teacher
 BARS = {Dtype.float32: 1e-5, Dtype.bfloat16: 1e-3}
 
 NUM_DRAWS = 2000
+PAIR = "transformers - engine"
+ROUNDED = f"{PAIR}, rounded heads"
 
 Logprobs = list[np.ndarray]  # [T] each
 
@@ -85,19 +87,19 @@ def answers(
     return found
 
 
-def by_engine(path: str, dtype: Dtype, ids: list[np.ndarray]) -> Logprobs:
+def by_engine(path: str, dtype: Dtype, head_dtype: Dtype | None, ids: list[np.ndarray]) -> Logprobs:
     """A vLLM engine, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(_engine, (path, dtype, ids))
+        return process.apply(_engine, (path, dtype, head_dtype, ids))
 
 
-def _engine(path: str, dtype: Dtype, ids: list[np.ndarray]) -> Logprobs:
+def _engine(path: str, dtype: Dtype, head_dtype: Dtype | None, ids: list[np.ndarray]) -> Logprobs:
     from rollout.process import prepare
 
     prepare(0, int(os.environ.get("OMP_NUM_THREADS", "2")))
     from teachers.vllm_scorer import VllmScorer
 
-    cfg = TeacherWorkerConfig(dtype=dtype, vllm={"max_model_len": _context(ids)})
+    cfg = TeacherWorkerConfig(dtype=dtype, head_dtype=head_dtype, vllm={"max_model_len": _context(ids)})
     return [s.logprobs for s in VllmScorer(path, cfg, ModelConfig(), "teachers.d").score(ids, 0)]
 
 
@@ -157,16 +159,29 @@ def gaps(one: Logprobs, other: Logprobs, masks: list[np.ndarray] | None = None) 
     return found if masks is None else [gap[mask[1:]] for gap, mask in zip(found, masks, strict=True)]
 
 
-def summarise(texts: Logprobs) -> dict[str, Any]:
-    """``mean_95`` is a bootstrap interval over texts: a few tokens make most of the mean."""
-    found = np.concatenate(texts)
-    sums = np.array([[gap.sum(dtype=np.float64), len(gap)] for gap in texts])
-    chosen = np.random.default_rng(0).integers(len(texts), size=(NUM_DRAWS, len(texts)))
-    total, num_tokens = sums[chosen].sum(axis=1).T
+def _sums(domains: list[Logprobs]) -> np.ndarray:
+    """[NUM_DRAWS, 2] sums of gaps and of tokens over texts drawn again within every domain: a few tokens make most of a
+    mean, so that texts and not tokens are drawn."""
+    rng = np.random.default_rng(0)
+    draws = np.zeros((NUM_DRAWS, 2))
+    for texts in domains:
+        sums = np.array([[gap.sum(dtype=np.float64), len(gap)] for gap in texts])
+        draws += sums[rng.integers(len(texts), size=(NUM_DRAWS, len(texts)))].sum(axis=1)
+    return draws
+
+
+def _interval(draws: np.ndarray) -> list[float]:
+    return np.quantile(draws, [0.025, 0.975]).tolist()
+
+
+def summarise(domains: list[Logprobs]) -> dict[str, Any]:
+    """``mean_95`` is a bootstrap interval over texts."""
+    found = np.concatenate([gap for texts in domains for gap in texts])
+    total, num_tokens = _sums(domains).T
     return {
         "num_tokens": found.size,
         "mean": float(found.mean()),
-        "mean_95": np.quantile(total / num_tokens, [0.025, 0.975]).tolist(),
+        "mean_95": _interval(total / num_tokens),
         "median": float(np.median(found)),
         "p99": float(np.quantile(found, 0.99)),
         "max": float(found.max()),
@@ -174,38 +189,65 @@ def summarise(texts: Logprobs) -> dict[str, Any]:
     }
 
 
+def ratio(domains: list[Logprobs], others: list[Logprobs]) -> dict[str, Any]:
+    """Mean gap of ``domains`` over that of ``others``, which are the same tokens, with the interval of paired draws."""
+    value, other = (
+        np.concatenate([gap for texts in side for gap in texts]).mean() for side in (domains, others)
+    )
+    return {"ratio": float(value / other), "ratio_95": _interval(_sums(domains)[:, 0] / _sums(others)[:, 0])}
+
+
+def score(
+    path: str, dtype: Dtype, head_dtype: Dtype | None, ids: list[np.ndarray], log: Path | None
+) -> dict[str, Logprobs]:
+    """By every back end that can hold the teacher; without ``log`` none is asked over HTTP."""
+    found = {
+        "transformers": [
+            s.logprobs for s in Scorer(path, ModelConfig(), dtype, head_dtype=head_dtype).score(ids, 8192)
+        ]
+    }
+    try:
+        found["engine"] = by_engine(path, dtype, head_dtype, ids)
+        if log:
+            found["server"] = by_server(path, dtype, ids, log)
+    except UserError as error:
+        print(f"{dtype.value}: {error}")
+    return found
+
+
 def measure(run: Path, num_prompts: int, folder: Path) -> list[dict[str, Any]]:
     """One row per domain, type, pair of back ends and choice of tokens; the last ones pool the domains."""
-    pooled: dict[tuple[str, str, str], Logprobs] = {}
+    pooled: dict[tuple[str, str, str], list[Logprobs]] = {}
     rows = []
     for domain, (ids, masks) in answers(run, num_prompts, folder).items():
         path = str((run / "teachers" / domain / "model").resolve())
         exact: Logprobs = []
         for dtype in BARS:
-            scores = {
-                "transformers": [s.logprobs for s in Scorer(path, ModelConfig(), dtype).score(ids, 8192)]
-            }
-            try:
-                scores["engine"] = by_engine(path, dtype, ids)
-                scores["server"] = by_server(path, dtype, ids, folder / "server.log")
-            except UserError as error:
-                print(f"{domain} {dtype.value}: {error}")
+            scores = score(path, dtype, Dtype.float32, ids, folder / "server.log")
             pairs = {f"{a} - {b}": (scores[a], scores[b]) for a, b in combinations(scores, 2)}
-            if exact:
+            if dtype is not Dtype.float32:
                 pairs["rounding"] = (scores["transformers"], exact)
+                rounded = score(path, dtype, None, ids, None)
+                pairs[ROUNDED] = (rounded["transformers"], rounded["engine"])
             exact = exact or scores["transformers"]
             for pair, (one, other) in pairs.items():
                 for tokens, chosen in (("answers", masks), ("all", None)):
                     found = gaps(one, other, chosen)
-                    pooled.setdefault((dtype.value, pair, tokens), []).extend(found)
-                    rows.append(_row(domain, dtype.value, pair, tokens, found))
-    return rows + [_row("all domains", *key, found) for key, found in pooled.items()]
+                    pooled.setdefault((dtype.value, pair, tokens), []).append(found)
+                    rows.append(_row(domain, dtype.value, pair, tokens, [found]))
+    rows += [_row("all domains", *key, found) for key, found in pooled.items()]
+    for (dtype_name, pair, tokens), found in pooled.items():
+        if pair == PAIR and (others := pooled.get((dtype_name, ROUNDED, tokens))):
+            row = {"domain": "all domains", "dtype": dtype_name, "pair": "float32 heads / rounded heads"}
+            rows.append(row | {"tokens": tokens, **ratio(found, others)})
+            print(rows[-1])
+    return rows
 
 
-def _row(domain: str, dtype: str, pair: str, tokens: str, found: Logprobs) -> dict[str, Any]:
+def _row(domain: str, dtype: str, pair: str, tokens: str, found: list[Logprobs]) -> dict[str, Any]:
     row = {"domain": domain, "dtype": dtype, "pair": pair, "tokens": tokens, **summarise(found)}
     print(
-        f"{domain:<12} {dtype:<9} {pair:<24} {tokens:<8} mean {row['mean']:.2e}"
+        f"{domain:<12} {dtype:<9} {pair:<38} {tokens:<8} mean {row['mean']:.2e}"
         f" [{row['mean_95'][0]:.2e}, {row['mean_95'][1]:.2e}]  median {row['median']:.1e}  p99 {row['p99']:.1e}"
         f"  max {row['max']:.2g}  of {row['num_tokens']:,} tokens",
         flush=True,
@@ -230,7 +272,7 @@ def main() -> None:
             row["mean"]
             for row in rows
             if (row["domain"], row["dtype"], row["tokens"]) == ("all domains", dtype.value, "answers")
-            and row["pair"] != "rounding"
+            and row["pair"].split(" - ")[-1] in ("engine", "server")
         ]
         if means:
             print(

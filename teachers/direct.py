@@ -14,7 +14,7 @@ import torch
 
 TEMPERATURES = np.geomspace(0.2, 5.0, 41)
 MIN_TOKENS = 3
-ROUNDING = 2**-6  # four times what rounding to bfloat16 does to a logit
+ROUNDING = 2**-7  # a step of bfloat16, relative
 NAMED_SHARE = 0.2  # an alternative is named when it explains all but this share of the difference
 
 
@@ -56,7 +56,8 @@ def _logits(model: Any, tokens_T: torch.Tensor) -> torch.Tensor:
         return logits
     bias = None if head.bias is None else head.bias.float()
     exact = torch.nn.functional.linear(seen[0][0].float(), head.weight.float(), bias)
-    return exact if torch.allclose(exact, logits, rtol=ROUNDING, atol=ROUNDING) else logits
+    same = torch.allclose(exact.to(seen[0].dtype).float(), logits, rtol=ROUNDING, atol=ROUNDING)
+    return exact if same else logits
 
 
 def _explain(pairs: list[Any], mean: float) -> str | None:

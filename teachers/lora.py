@@ -28,6 +28,11 @@ class Adapters:
         """Keys of the adapters that are held."""
         return list(self._names)
 
+    def on(self, layer: Any) -> str | None:
+        """PEFT's name of the active adapter if it changes ``layer``, else None. No other adapter ever has that name."""
+        name = self._names.get(self._active or "")
+        return name if name in getattr(layer, "lora_A", {}) else None
+
     def use(self, key: str | None, folder: str | None) -> None:
         """Make the adapter ``key`` active, loading it from ``folder`` if it is not held; None: the bare base.
 

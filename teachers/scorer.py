@@ -72,6 +72,7 @@ class Scorer:
         self.vocab_size = int(self.lm_head.weight.shape[0])
         self._check_head()
         self.adapters = Adapters(self.model)
+        self._merged: tuple[str, Any] | None = None
 
     @property
     def lm_head(self) -> torch.nn.Module:
@@ -93,7 +94,7 @@ class Scorer:
         sequence is a batch of its own).
         """
         scores = [TokenScores(logprobs=np.zeros(0, np.float32))] * len(token_ids)
-        head = self._merged_head(self.head_dtype)
+        head = self._merged_head()
         for batch in plan_batches([len(ids) for ids in token_ids], max_tokens_per_batch):
             wanted = [np.ones(len(token_ids[i]), bool) if masks is None else masks[i] for i in batch]
             scored = self._forward([token_ids[i] for i in batch], wanted, signal, top_k, head)
@@ -103,18 +104,23 @@ class Scorer:
         return scores
 
     def head(self) -> torch.Tensor:
-        """[V, H], or [V, H + 1] with the bias as the last column, which meets a 1 in `TokenScores.hidden`."""
-        head = self._merged_head(self.lm_head.weight.dtype)
+        """[V, H], or [V, H + 1] with the bias as the last column, which meets a 1 in `TokenScores.hidden`. In the model's
+        type; with an adapter on the head in that of its product."""
+        head = self._merged_head()
         return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
 
-    def _merged_head(self, dtype: torch.dtype) -> Any:
-        """The head with the adapter that is active on it, if one is, merged in ``dtype`` and not rounded before."""
-        head: Any = self.lm_head
-        if not hasattr(head, "merge") or head.disable_adapters:
-            return head
-        head = copy.deepcopy(head).to(dtype)
-        head.merge()
-        return head
+    def _merged_head(self) -> Any:
+        """The head; if the active adapter is on it, a copy with both merged, in the type of the product and kept until
+        another such adapter is used."""
+        adapter = self.adapters.on(self.lm_head)
+        if adapter is None:
+            head: Any = self.lm_head
+            return getattr(head, "base_layer", head)
+        if self._merged is None or self._merged[0] != adapter:
+            head = copy.deepcopy(self.lm_head).to(self.head_dtype)
+            head.merge()
+            self._merged = adapter, head.base_layer
+        return self._merged[1]
 
     @torch.no_grad()
     def _forward(
@@ -234,17 +240,18 @@ def token_logprobs(
     """
     weight: Any = head.weight
     bias: Any = head.bias
+    if head_dtype is torch.float32:
+        logits_of = float32_logits(weight, bias, hidden_NH)
+    else:
+        rounded = weight.to(head_dtype), None if bias is None else bias.to(head_dtype)
+        logits_of = lambda hidden: F.linear(hidden.to(head_dtype), *rounded).float()  # noqa: E731
     chunk = max(1, SOFTMAX_CHUNK_ELEMENTS // len(weight))
     logprobs = [torch.zeros(0, device=hidden_NH.device)]
     topk_logprobs = [torch.zeros(0, top_k, device=hidden_NH.device)]
     topk_ids = [torch.zeros(0, top_k, dtype=torch.long, device=hidden_NH.device)]
     for start in range(0, len(targets_N), chunk):
         part = slice(start, start + chunk)
-        if head_dtype is torch.float32:
-            logits = float32_logits(hidden_NH[part], weight, bias)
-        else:
-            rounded_bias = None if bias is None else bias.to(head_dtype)
-            logits = F.linear(hidden_NH[part].to(head_dtype), weight.to(head_dtype), rounded_bias).float()
+        logits = logits_of(hidden_NH[part])
         normalisers = logits.logsumexp(-1)
         logprobs.append(logits.gather(-1, targets_N[part, None]).squeeze(-1) - normalisers)
         if top_k:

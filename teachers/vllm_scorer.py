@@ -89,9 +89,11 @@ class VllmScorer:
             self.score([np.zeros(2, np.int32)], 0)  # what attention cannot compute shows in the first forward
         except Exception as error:
             reason = " ".join(str(error).split())[:400] or type(error).__name__
+            settings = "teacher_workers.vllm or teacher_workers.dtype"
+            if "head_dtype" in reason:
+                settings = "teacher_workers.head_dtype (null for a quantised LM head)"
             raise UserError(
-                f"{key}.path={path!r}: vLLM cannot hold it ({reason}); mend teacher_workers.vllm or"
-                f" teacher_workers.dtype, or set {key}.backend=transformers"
+                f"{key}.path={path!r}: vLLM cannot hold it ({reason}); mend {settings}, or set {key}.backend=transformers"
             ) from error
 
     def head(self) -> None:

@@ -87,7 +87,8 @@ class RolloutConfig:
     """Weights and activations of the engine."""
     head_dtype: Dtype | None = Dtype.float32
     """Type of the LM head's product. float32 is that of the learner's softmax: rounding logits to bfloat16 was a quarter
-    of the k3 that routing replay leaves (docs/results.md). null: as dtype, for quantised heads."""
+    of the k3 that routing replay leaves (docs/results.md). null: as dtype, for quantised heads. A head_dtype in
+    vllm.hf_overrides wins."""
     max_new_tokens: int = 512
     """Upper bound on sampled tokens per turn."""
     max_turns: int = 1
@@ -166,7 +167,8 @@ class TeacherWorkerConfig:
     dtype: Dtype = Dtype.float32
     """Type in which teachers are held."""
     head_dtype: Dtype | None = Dtype.float32
-    """Type of the LM head's product, backend=server apart, which has its own; as `rollout.head_dtype`."""
+    """Type of the LM head's product, as `rollout.head_dtype`; null for a vLLM teacher whose head is quantised. Says nothing
+    to signal=full, whose product the learner takes in float32, nor to backend=server, which has a setting of its own."""
     max_tokens_per_batch: int = 8192
     """Tokens (padding included) of one scoring forward."""
     cores_per_worker: int | None = None

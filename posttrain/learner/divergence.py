@@ -29,9 +29,10 @@ class _GatheredLogprobs(torch.autograd.Function):
     ) -> Tensor:
         logprobs = torch.empty(ids.shape, dtype=maths_dtype(hidden), device=hidden.device)
         normalisers = torch.empty_like(logprobs[:, :1])
+        logits_of = float32_logits(weight, bias, hidden)
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = float32_logits(hidden[part], weight, bias)
+            logits = logits_of(hidden[part])
             normalisers[part] = torch.logsumexp(logits, dim=-1, keepdim=True)
             logprobs[part] = logits.gather(1, ids[part]) - normalisers[part]
         ctx.save_for_backward(hidden, weight, bias, ids, normalisers)
@@ -43,9 +44,10 @@ class _GatheredLogprobs(torch.autograd.Function):
         (grad_logprobs,) = grad_outputs
         hidden, weight, bias, ids, normalisers = ctx.saved_tensors
         gradients = HeadGradients(ctx.needs_input_grad[:3], hidden, weight, bias)
+        logits_of = float32_logits(weight, bias, hidden)
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            logits = float32_logits(hidden[part], weight, bias)
+            logits = logits_of(hidden[part])
             # d log p_j / d logits = onehot_j - softmax, summed over the columns j.
             softmax = logits.sub_(normalisers[part]).exp_()
             grad = softmax.mul_(-grad_logprobs[part].sum(1, keepdim=True))
@@ -76,8 +78,9 @@ class _TargetAndDivergence(torch.autograd.Function):
     ) -> Tensor:
         output = torch.empty(hidden.shape[0], 2, dtype=maths_dtype(hidden), device=hidden.device)
         normalisers = torch.empty_like(output)
-        for rows, states, head in _cut(teacher, chunk_tokens):
-            logits, other = _both_logits(hidden[rows], weight, bias, states, head)
+        logits_of = float32_logits(weight, bias, hidden)
+        for rows, theirs in _cut(teacher, chunk_tokens):
+            logits, other = logits_of(hidden[rows]), theirs.to(output.dtype)
             own = torch.stack([logits.logsumexp(-1), other.logsumexp(-1)], 1)
             normalisers[rows] = own
             logprobs = logits.gather(1, target_ids[rows, None])[:, 0] - own[:, 0]
@@ -92,8 +95,9 @@ class _TargetAndDivergence(torch.autograd.Function):
         (grad_output,) = grad_outputs
         hidden, weight, bias, target_ids, normalisers, output = ctx.saved_tensors
         gradients = HeadGradients(ctx.needs_input_grad[:3], hidden, weight, bias)
-        for rows, states, head in _cut(ctx.teacher, ctx.chunk_tokens):
-            logits, other = _both_logits(hidden[rows], weight, bias, states, head)
+        logits_of = float32_logits(weight, bias, hidden)
+        for rows, theirs in _cut(ctx.teacher, ctx.chunk_tokens):
+            logits, other = logits_of(hidden[rows]), theirs.to(output.dtype)
             softmax, log_ratio = _compare(logits, other, normalisers[rows])
             grad_logprobs, grad_divergence = grad_output[rows].split(1, 1)
             # d KL / d logits = softmax * (log ratio - KL), d log p / d logits = onehot - softmax.
@@ -102,21 +106,14 @@ class _TargetAndDivergence(torch.autograd.Function):
         return (*gradients.result(), None, None, None)
 
 
-def _cut(teacher: TeacherStates, chunk_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Half a chunk at a time: the teacher's logits exist beside the policy's."""
+def _cut(teacher: TeacherStates, chunk_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and the teacher's logits of them, half a chunk at a time: they exist beside the policy's."""
     size = max(1, chunk_tokens // 2)
     for rows, states, head in teacher:
+        logits_of = float32_logits(head, None, states)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            yield rows[part], states[part], head
-
-
-def _both_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, head: Tensor
-) -> tuple[Tensor, Tensor]:
-    """[n, V] of the policy and of the teacher."""
-    logits = float32_logits(hidden, weight, bias)
-    return logits, float32_logits(states, head, None).to(logits.dtype)
+            yield rows[part], logits_of(states[part])
 
 
 def _compare(logits: Tensor, other: Tensor, normalisers: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,9 +62,10 @@ class _TargetLogprobs(torch.autograd.Function):
         num_tokens = hidden.shape[0]
         logprobs = torch.empty(num_tokens, dtype=maths_dtype(hidden), device=hidden.device)
         normalisers = torch.empty_like(logprobs)
+        logits_of = float32_logits(weight, bias, hidden)
         for start in range(0, num_tokens, chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = float32_logits(hidden[part], weight, bias)
+            logits = logits_of(hidden[part])
             normalisers[part] = torch.logsumexp(logits, dim=-1)
             logprobs[part] = logits.gather(1, target_ids[part, None])[:, 0] - normalisers[part]
         ctx.save_for_backward(hidden, weight, bias, target_ids, normalisers)
@@ -76,9 +77,10 @@ class _TargetLogprobs(torch.autograd.Function):
         (grad_logprobs,) = grad_outputs
         hidden, weight, bias, target_ids, normalisers = ctx.saved_tensors
         gradients = HeadGradients(ctx.needs_input_grad[:3], hidden, weight, bias)
+        logits_of = float32_logits(weight, bias, hidden)
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            logits = float32_logits(hidden[part], weight, bias)
+            logits = logits_of(hidden[part])
             # d logp / d logits = onehot - softmax, written into the logits' own memory.
             grad = logits.sub_(normalisers[part, None]).exp_().neg_()
             grad.scatter_add_(1, target_ids[part, None], torch.ones_like(grad[:, :1]))

@@ -132,9 +132,17 @@ def test_head_is_that_of_the_merged_checkpoint(
         scorer.adapters.use(None, None)
         torch.testing.assert_close(scorer.head(), bare, rtol=0, atol=0)
     half = Scorer(str(base), ModelConfig(), Dtype.bfloat16)
-    half.adapters.use("both", adapters["both"][0])
-    head, [state] = half.head(), half.score(texts()[:1], 512, signal="full")
-    assert head.dtype is torch.bfloat16 and state.hidden is not None and state.hidden.dtype == np.uint16
+    for name in ("both", "dora", "attention", "both"):
+        half.adapters.use(name, (adapters | {"dora": dora})[name][0])
+        head, [state] = half.head(), half.score(texts()[:1], 512, signal="full")
+        assert head.dtype is (
+            torch.bfloat16 if name == "attention" else torch.float32
+        )  # merged heads are not rounded
+        states = torch.from_numpy(state.hidden[1:]).view(torch.bfloat16).float()  # type: ignore[index]
+        own = (
+            (states @ head.float().T).log_softmax(-1).gather(1, torch.from_numpy(texts()[0][1:, None]).long())
+        )
+        np.testing.assert_allclose(own[:, 0], state.logprobs[1:], atol=1e-5)
     expected = Scorer(adapters["both"][1], ModelConfig(), Dtype.float32).head()
     torch.testing.assert_close(head.float(), expected, rtol=0, atol=2**-8)
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from posttrain import logits as logits_module
 from posttrain.config import Dtype, ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
 from teachers import scorer as scorer_module
@@ -140,12 +141,14 @@ def test_softmax_never_holds_more_logits_than_the_chunk(
     scorer = Scorer(str(qwen3_moe), ModelConfig(), Dtype.float32)
     monkeypatch.setattr(scorer_module, "SOFTMAX_CHUNK_ELEMENTS", 5 * scorer.vocab_size)
     rows: list[int] = []
-    logits = scorer_module.float32_logits
-    monkeypatch.setattr(
-        scorer_module,
-        "float32_logits",
-        lambda hidden, *head: rows.append(len(hidden)) or logits(hidden, *head),
-    )
+    product = torch.nn.functional.linear
+
+    def count(hidden: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        if len(weight) == scorer.vocab_size:
+            rows.append(len(hidden))
+        return product(hidden, weight, *bias)
+
+    monkeypatch.setattr(logits_module.F, "linear", count)
     scorer.score(sequences([64, 64]), 512)
     assert max(rows) == 5 and sum(rows) == 2 * 63
 
