@@ -141,14 +141,14 @@ def print_course(lines: list[dict[str, Any]], level: float = 0.9) -> None:
         reached = [tokens_to(level, *gain_over_tokens(line, cells)) for line in own]
         found = [tokens for tokens in reached if tokens is not None]
         text = (
-            f"{np.mean(found) / 1e3:7.0f} k"
+            f"{np.mean(found) / 1e3:.0f} k ({', '.join(f'{tokens / 1e3:.0f}' for tokens in found)})"
             if len(found) == len(own)
             else f"{len(found)} of {len(own)} reach it"
         )
         share = [line["normalised"][shortest] for line in own]
         errors = [line["target_error"] for line in own if "target_error" in line]
         print(
-            f"{label:<30}{text:>16}   tokens {np.mean([line['share_tokens'][shortest] for line in own]):.3f}"
+            f"{label:<42}{text:>22}   tokens {np.mean([line['share_tokens'][shortest] for line in own]):.3f}"
             f"   gradient {np.mean([line['share_gradient'][shortest] for line in own]):.3f}"
             f"   gain {'-' if None in share else f'{np.mean(share):.2f}'}"
             + (f"   largest |weight share - target| {max(errors):.1e}" if errors else "")

@@ -103,8 +103,8 @@ class LearnerConfig:
     """Tokens whose logits exist at once; bounds the memory of the vocabulary softmax. Liger's kernel chooses its own."""
     fused_loss: FusedLoss = FusedLoss.off
     """liger: the fused kernel of `liger-kernel` computes the logprobs of sampled and learned tokens, for an LM head without
-    bias; GPUs only, not measured on one yet; not with zero_stage=3, which takes the head away before the kernel's backward.
-    off: our own chunks."""
+    bias; GPUs only, not measured on one yet; rounds the logits of a bfloat16 model, which our own chunks do not; not
+    with zero_stage=3, which takes the head away before the kernel's backward. off: our own chunks."""
     cores_per_rank: int | None = None
     """Torch threads of a rank (CPU only); null: all cores divided by the number of ranks."""
     num_gpus_per_rank: float | None = None
