@@ -119,6 +119,7 @@ ROWS = {
         Row(
             name="off_policy_filtered", make=lambda s, lr: s.off_policy(lr, filtered=True), like="off_policy"
         ),
+        Row(name="foreign_teachers", make=lambda s, _: s.foreign_teachers(), rounds=4.3),
         Row(name="mopd_foreign", make=lambda s, lr: s.student_of_foreigners(lr), like="mopd"),
         Row(name="oracle", make=lambda s, lr: s.oracle(lr), like="mopd"),
         Row(name="round2", make=lambda s, lr: s.second_round(lr), like="mopd", rounds=2.3),

@@ -145,9 +145,8 @@ class Seed:
         tags = [o.rpartition("=")[2] for o in overrides]
         return self.train(mopd, run, "-".join(["mopd", *tags, f"{lr:g}"]), lr)
 
-    def student_of_foreigners(self, lr: float) -> str:
-        """MOPD with teachers of another initialisation, trained on this seed's data as its own are. The preflight's red
-        lines are accepted by name."""
+    def foreign_teachers(self) -> Models:
+        """Teachers of another initialisation, trained on this seed's data as its own are."""
         start = self.folder / "foreign_model"
         build_model(start, self.seed + 1)
         run = pipeline.sft_config(self.cfg)
@@ -157,7 +156,11 @@ class Seed:
         for domain in DOMAINS:
             teacher = pipeline.rl_config(self.cfg, domain, origin)
             foreign[domain] = self.train(rl, teacher, f"teachers/foreign/{domain}", self.teacher_lr)
-        student = self.watched(pipeline.mopd_config(self.cfg, self.sft(), foreign))
+        return foreign
+
+    def student_of_foreigners(self, lr: float) -> str:
+        """MOPD with foreign teachers. The preflight's red lines are accepted by name."""
+        student = self.watched(pipeline.mopd_config(self.cfg, self.sft(), self.foreign_teachers()))
         workers = replace(student.teacher_workers, accept=["foreign", "initial_kl"])
         return self.train(mopd, replace(student, teacher_workers=workers), f"mopd-foreign-{lr:g}", lr)
 

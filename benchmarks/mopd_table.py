@@ -24,6 +24,7 @@ LABELS = {
     "mopd_top_k_renorm": "MOPD, top_k renormalised",
     "mopd_full": "MOPD, full signal",
     "mopd_orm": "MOPD with outcome reward",
+    "foreign_teachers": "foreign teachers",
     "mopd_foreign": "MOPD, foreign teachers",
     "mix_rl": "Mix-RL, student's tokens",
     "mix_rl_all": "Mix-RL, teachers' tokens too",
