@@ -160,8 +160,10 @@ def read_header(file: Path, folder: Path, key: str) -> list[TensorEntry]:
 def read_json(file: Path, folder: Path, key: str) -> dict[str, Any]:
     """Content of a JSON file of ``folder``. Raises `UserError` when it is not there or no JSON object."""
     if not file.is_file():
+        inner = folder / "model"
+        hint = f"; did you mean {str(inner)!r}?" if (inner / file.name).is_file() else ""
         raise UserError(
-            f"{key}={str(folder)!r}: {file.name} is missing; give a Hugging Face checkpoint directory"
+            f"{key}={str(folder)!r}: {file.name} is missing; give a Hugging Face checkpoint directory{hint}"
         )
     try:  # a file of someone else
         content = json.loads(file.read_text())

@@ -170,7 +170,10 @@ def judge(rows: Iterable[GateRow], accept: Iterable[str]) -> list[GateRow]:
 
 
 def stop_on_red(rows: Iterable[GateRow]) -> None:
-    """Raises `UserError` for the first red row."""
-    for row in rows:
-        if row.verdict is Verdict.red:
-            raise UserError(row.line())
+    """Raises `UserError` for the first red row, which names the others too."""
+    red = [row for row in rows if row.verdict is Verdict.red]
+    if not red:
+        return
+    others = ", ".join(f"{row.gate} of teachers.{row.domain}" for row in red[1:4])
+    more = f"; red as well: {others}{' ...' if len(red) > 4 else ''}" if others else ""
+    raise UserError(red[0].line() + more)

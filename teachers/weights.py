@@ -117,7 +117,8 @@ def compare_weights(
         all_read = not missing and not other_layout and not report.not_read
         report.is_student = all_read and all(gap.is_equal for gap in gaps if gap.name in student)
         report.untouched = None if report.is_student else _untouched([g for g in gaps if g.name in twins])
-    report.broken = next((words for gap in gaps if (words := _broken(gap))), None)
+    is_foreign = report.cosine is not None and report.cosine < FOREIGN_COSINE
+    report.broken = next((words for gap in gaps if (words := _broken(gap, is_foreign))), None)
     if report.broken is None and report.cosine is not None and report.cosine >= FOREIGN_COSINE:
         for name, twin in twins.items():
             if len(twin.shape) == 2 and twin.shape[0] == num_tokens and report.broken is None:
@@ -196,12 +197,16 @@ def _temperature(gaps: list[TensorGap]) -> str | None:
     )
 
 
-def _broken(gap: TensorGap) -> str | None:
-    """What is wrong with the values themselves."""
+def _broken(gap: TensorGap, is_foreign: bool) -> str | None:
+    """What is wrong with the values themselves. A vector of zeros (the bias of experts or of an attention) is where a
+    model starts, so only one of the student's own origin must not have lost it."""
     if gap.num_bad:
         return f"{gap.name} holds NaN or infinite values ({gap.num_bad} of those read)"
     if gap.norm == 0 and (gap.is_matrix if gap.student_spread is None else gap.ratio is not None):
-        return f"{gap.name} is all zero"
+        if gap.is_matrix:
+            return f"{gap.name} is all zero"
+        if not is_foreign:
+            return f"{gap.name} is all zero and the student's is not"
     if (
         gap.is_matrix
         and gap.spread == 0

@@ -86,7 +86,7 @@ class RolloutConfig:
     dtype: Dtype = Dtype.bfloat16
     """Weights and activations of the engine."""
     head_dtype: Dtype | None = Dtype.float32
-    """Type of the LM head's product. float32 is that of the learner's softmax: rounding logits to bfloat16 was a quarter
+    """Type in which the LM head computes logits. float32 is that of the learner's softmax: rounding logits to bfloat16 was a quarter
     of the k3 that routing replay leaves (docs/results.md). null: as dtype, for quantised heads. A head_dtype in
     vllm.hf_overrides wins."""
     max_new_tokens: int = 512
@@ -167,8 +167,8 @@ class TeacherWorkerConfig:
     dtype: Dtype = Dtype.float32
     """Type in which teachers are held."""
     head_dtype: Dtype | None = Dtype.float32
-    """Type of the LM head's product, as `rollout.head_dtype`; null for a vLLM teacher whose head is quantised. Says nothing
-    to signal=full, whose product the learner takes in float32, nor to backend=server, which has a setting of its own."""
+    """Type in which the LM head computes logits, as `rollout.head_dtype`; null (as dtype) for a vLLM teacher whose head is
+    quantised. Has no effect on signal=full, where the learner computes them in float32, nor on backend=server."""
     max_tokens_per_batch: int = 8192
     """Tokens (padding included) of one scoring forward."""
     cores_per_worker: int | None = None

@@ -68,12 +68,15 @@ def check_input(cfg: DoctorRun) -> RolloutConfig:
     )
     as_run.learner.num_gpus_per_rank = 0
     check_gpus(as_run, [])
-    rollout = replace(
-        cfg.rollout,
-        num_workers=1,
-        max_new_tokens=cfg.teacher_check.max_new_tokens,
-        max_model_len=min(cfg.rollout.max_model_len, model.context or cfg.rollout.max_model_len),
-    )
+    max_model_len = min(cfg.rollout.max_model_len, model.context or cfg.rollout.max_model_len)
+    num_tokens = {
+        "teacher_check.max_new_tokens": cfg.teacher_check.max_new_tokens,
+        "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
+    }
+    key = min(num_tokens, key=lambda name: num_tokens[name])
+    problem = f"leaves no room for a prompt in rollout.max_model_len={max_model_len}; lower it or raise that"
+    require(num_tokens[key] < max_model_len, key, num_tokens[key], problem)
+    rollout = replace(cfg.rollout, num_workers=1, max_new_tokens=num_tokens[key], max_model_len=max_model_len)
     check_context(rollout, model)
     return rollout
 
@@ -91,10 +94,11 @@ def report(cfg: DoctorRun, console: Console, rows: list[GateRow], scored: bool) 
         events.write("preflight", row)
     events.close()
     if not scored:
-        reason = "dry run" if cfg.dry_run else "a teacher cannot be loaded"
+        reason = "dry run" if cfg.dry_run else "mend what is red, or accept it by name, first"
         console.print(f"the gates that need scores were not measured: {reason}", highlight=False)
     red = [row for row in rows if row.verdict is Verdict.red]
-    text = f"{len(rows)} gates, {len(red)} red; {folder / 'preflight.json'}"
+    num_warned = sum(row.verdict is Verdict.warn for row in rows)
+    text = f"{len(rows)} gates, {len(red)} red, {num_warned} warn; {folder / 'preflight.json'}"
     console.print(text, style="red" if red else "green", soft_wrap=True, highlight=False)
     return 1 if red else 0
 

@@ -66,8 +66,18 @@ def test_nothing_starts_for_a_teacher_that_cannot_be_loaded(
     file.write_bytes(file.read_bytes()[:-9])
     assert doctor("teachers.math.path=math") == 1
     out = capsys.readouterr().out
-    assert "red files: teachers.math.path='math': " in out and "a teacher cannot be loaded" in out
+    assert "red files: teachers.math.path='math': " in out and "mend what is red" in out
     assert rows(place) == {"files": "red"}
+
+
+def test_the_folder_of_a_run_is_not_its_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "run").mkdir()
+    (place / "math").rename(place / "run" / "model")
+    assert doctor("teachers.math.path=run", "dry_run=true") == 1
+    assert "config.json is missing; give a Hugging Face checkpoint directory" in (
+        out := capsys.readouterr().out
+    )
+    assert "did you mean 'run/model'?" in out
 
 
 @pytest.mark.parametrize(
@@ -77,6 +87,8 @@ def test_nothing_starts_for_a_teacher_that_cannot_be_loaded(
         (["teachers.law.path=math"], "teachers.law.path='math': no prompt belongs to domain 'law' (there are math)"),
         (["teachers.default.path=math", "domain=math", "teacher_workers.vllm.seed=1"], "teacher_workers.vllm={'seed': 1}: no teacher has backend=vllm"),
         (["teachers.math.path=math", "teacher_workers.accept=[all]"], "teacher_workers.accept='all': no such gate"),
+        (["teachers.math.path=math", "teacher_check.max_new_tokens=64"], "teacher_check.max_new_tokens=64: leaves no room for a prompt in rollout.max_model_len=64"),
+        (["teachers.math.path=math", "teacher_check.max_new_tokens=99", "rollout.max_new_tokens=70"], "rollout.max_new_tokens=70: leaves no room"),
         (["teachers.math.path=math", "teacher_check.num_samples=0"], "teacher_check.num_samples=0: give 1 or more"),
     ],
 )  # fmt: skip

@@ -41,7 +41,7 @@ from teachers.pool import TeacherPool, _Worker
 from teachers.scorer import Scorer
 from teachers.teacher import Teacher, build, resolve
 from teachers.worker import TeacherWorker
-from tests.tiny_models import tiny_qwen3_moe
+from tests.tiny_models import tiny_mimo, tiny_qwen3_moe, tiny_teacher
 from tests.unit.wrong_teachers import (
     SHAPE,
     WRONG,
@@ -238,9 +238,34 @@ def test_a_wrong_teacher_is_caught_by_its_gate(
     if gate == "files":
         assert "accept" not in line
         return
-    assert line.endswith(f"(accepted by name: teacher_workers.accept=[{gate}])")
+    more = "".join(f"; red as well: {other} of teachers.math" for other in found[1:])
+    assert line.endswith(f"(accepted by name: teacher_workers.accept=[{gate}]){more}")
     accepted = {row.gate: row.verdict for row in check_files(str(student), teachers, ["math"], accept=found)}
     assert accepted[gate] is Verdict.accepted
+
+
+def test_a_bias_of_zeros_is_missed_in_a_teacher_of_the_students_origin_alone(tmp_path: Path) -> None:
+    student = tiny_mimo(tmp_path / "student", seed=1)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+    def set_bias(folder: Path, value: float) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = torch.full_like(tensors[name], value)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    set_bias(student, 0.1)
+    own = tiny_teacher(student, tmp_path / "own")
+    set_bias(own, 0.0)
+    foreign = Path(shutil.copytree(student, tmp_path / "foreign"))
+    other = tiny_mimo(tmp_path / "other", seed=2)
+    shutil.copy(other / "model.safetensors", foreign / "model.safetensors")
+    teachers = {"math": TeacherConfig(path=str(own)), "code": TeacherConfig(path=str(foreign))}
+    rows = judge(file_gates(str(student), teachers, list(teachers)), [])
+    red = {(row.domain, row.gate): row for row in rows if row.verdict is Verdict.red}
+    assert set(red) == {("math", "weights"), ("code", "foreign")}
+    assert f"{name} is all zero and the student's is not" in red["math", "weights"].problem
+    with pytest.raises(UserError, match=r"^teachers\.code\.path=.* red as well: weights of teachers\.math$"):
+        stop_on_red(rows)
 
 
 def test_a_teacher_of_another_size_is_not_compared(student: Path, tmp_path: Path) -> None:
