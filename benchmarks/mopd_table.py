@@ -208,17 +208,18 @@ def draw(path: Path, table: list[dict[str, Any]], lines: list[dict[str, Any]]) -
             ha="center",
             fontsize=8,
         )
-    axes.set_yticks(range(len(shown)), [LABELS[e["row"]] for e in reversed(shown)])
+    labels = [f"{LABELS[e['row']]} ({len(e['seeds'])})" for e in reversed(shown)]
+    axes.set_yticks(range(len(shown)), labels)
     axes.axvline(0, color="#c3c8d1", linewidth=1)
     axes.axvline(1, color="#c3c8d1", linewidth=1)
-    axes.set_xlabel("share of the teachers' gain over SFT (0: SFT, 1: own teachers)")
+    axes.set_xlabel("share of the teachers' gain over SFT (0: SFT, 1: own teachers); in brackets the seeds")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
 def draw_course(path: Path, lines: list[dict[str, Any]]) -> bool:
-    """Share of gain over sampled tokens: MOPD, with outcome reward, outcome reward alone; and of the shortest domain
+    """Share of gain over sampled tokens: MOPD, with outcome reward, outcome reward alone, the exact signal; and of the shortest domain
     under the three aggregations. False when no row was watched."""
     import matplotlib
 
@@ -230,12 +231,12 @@ def draw_course(path: Path, lines: list[dict[str, Any]]) -> bool:
     if not watched:
         return False
     panels: dict[str, list[str]] = {
-        "mean of all domains": ["mopd", "mopd_orm", "mix_rl_all", "mix_rl"],
+        "mean of all domains": ["mopd", "mopd_orm", "mix_rl_all", "mix_rl", "mopd_full"],
         "instruct, the shortest answers": ["mopd", "mopd_token_mean", "mopd_balanced"],
     }
     figure, both = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     for axes, (title, names) in zip(both, panels.items(), strict=True):
-        for color, name in zip(("#e2702b", "#5b7bb4", "#4a8f5c", "#8a6fb0"), names, strict=False):
+        for color, name in zip(("#e2702b", "#5b7bb4", "#4a8f5c", "#8a6fb0", "#333333"), names, strict=False):
             for number, line in enumerate(w for w in watched if w["row"] == name):
                 domains = ["instruct"] if title.startswith("instruct") else DOMAINS
                 tokens, shares = gain_over_tokens(line, cells, domains)

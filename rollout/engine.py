@@ -23,10 +23,11 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from posttrain.config import Dtype, ModelConfig, OnUpdate, Replay, RolloutConfig, UserError
+from posttrain.config import ModelConfig, OnUpdate, Replay, RolloutConfig, UserError
 from posttrain.records import EngineInfo, WeightBundle
 from rollout.checkpoint import checkpoint_shapes, local_checkpoint
 from rollout.cpu import use_float32_products
+from rollout.head import with_head_dtype
 from rollout.segment import Segment, SegmentResult, recording_problem, routes_problem
 from rollout.weights import apply_bundle, check_bundle, engine_tensors
 
@@ -94,14 +95,6 @@ def engine_options(cfg: RolloutConfig, model: ModelConfig, seed: int) -> dict[st
             "max_num_batched_tokens": max(2048, cfg.max_model_len),
         }
     return with_head_dtype(options | FIXED_OPTIONS | cfg.vllm, cfg.head_dtype)
-
-
-def with_head_dtype(options: dict[str, Any], head_dtype: Dtype | None) -> dict[str, Any]:
-    """Engine ``options`` in which the LM head's product is taken in ``head_dtype``, if they do not say otherwise."""
-    overrides = options.get("hf_overrides")
-    if head_dtype is None or callable(overrides):
-        return options
-    return options | {"hf_overrides": {"head_dtype": head_dtype.value} | (overrides or {})}
 
 
 def _moe_layers(worker: Any) -> list[int]:

@@ -20,7 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from rollout.cpu import use_float32_products
-from rollout.engine import with_head_dtype
+from rollout.head import with_head_dtype
 from teachers.backend import TokenScores
 from teachers.scores import check_finite, check_ids, check_signal, empty_scores, keep_rows
 from teachers.teacher import SIGNALS

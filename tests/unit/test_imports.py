@@ -62,8 +62,9 @@ def test_leaves_import_nothing_of_the_project_and_no_engine(leaf):
 
 @pytest.mark.parametrize("room", ["rewards", "rollout", "teachers"])
 def test_rooms_import_only_the_leaves(room):
-    # What a process needs before vLLM is imported in it is said once.
-    more = {"rollout": ("posttrain.data",), "teachers": ("rollout.process", "rollout.cpu")}
+    # What a process needs before vLLM is imported in it, and how an engine and an LM head compute, is said once.
+    engines = ("rollout.process", "rollout.cpu", "rollout.head")
+    more = {"rollout": ("posttrain.data",), "teachers": (*engines, "posttrain.logits")}
     allowed = (*LEAVES, room, *more.get(room, ()))
     files = modules_of(room)
     assert files
@@ -72,6 +73,10 @@ def test_rooms_import_only_the_leaves(room):
             i for i in imports(file) if within(i, *ROOMS) and i != "posttrain" and not within(i, *allowed)
         }
         assert wrong == set(), file
+
+
+def test_the_product_of_the_lm_head_knows_nothing_of_the_project():
+    assert {i for i in imports(ROOT / "posttrain" / "logits.py") if within(i, *ROOMS)} == set()
 
 
 def test_learner_knows_no_rewards_teachers_or_rollout():
