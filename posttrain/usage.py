@@ -14,6 +14,7 @@ posttrain: post-training for language models, Mixture-of-Experts first.
   posttrain merge     one model out of several: their average, or task arithmetic
   posttrain doctor    what is installed, what a run would use, what is wrong
   posttrain doctor replay   whether routing replay works for a MoE checkpoint, in numbers
+  posttrain doctor teachers whether these are the right teachers for this student, before a run asks them
 
 Settings follow as key=value:
   posttrain sft model.path=DIR data.path=chats.jsonl name=first
@@ -66,15 +67,18 @@ posttrain mopd: multi-teacher on-policy distillation. The student samples its ow
 prompt's domain scores every token of them.
 
   model.path=DIR                   the student
-  data.path=FILE                   prompts of every domain, rows with "domain"
+  data.path=FILE                   prompts of every domain, rows with "domain"; or data.sources.math.path=FILE for each
   teachers.math.path=DIR teachers.code.path=DIR   one teacher for each domain of the data
   domain=math                      train on this domain's prompts only
+  algorithm.signal=sampled|top_k|full   what is asked of teachers: with few answers a step full, or top_k where the
+                                   vocabulary is large, needs a fraction of the tokens (docs/concepts.md)
+  rollout.max_model_len=2048 rollout.max_new_tokens=512    room for prompt and answer; at most the model's context
   algorithm.steps=60 algorithm.prompts_per_step=128 learner.lr=1e-6
   algorithm.alpha=0.2 algorithm.group_size=8 rewards._target_=...   outcome reward beside the teachers' signal
   algorithm.aggregation=token_mean_balanced     every domain gets its share of the gradient, however short its answers
   eval.every_steps=10 data.eval_path=FILE rewards._target_=...      accuracy on held-out prompts on the way
 
-Example:
+Example (`posttrain doctor teachers` with the same settings first proves the teachers):
   posttrain mopd model.path=runs/first/model data.path=prompts.jsonl teachers.math.path=runs/math/model teachers.code.path=runs/code/model
 """,
     "pipeline": """\

@@ -135,5 +135,5 @@ def _check_server(key: str, cfg: TeacherConfig) -> None:
 def _no_teacher(domain: str) -> UserError:
     return UserError(
         f"teachers.{domain}.path=None: prompts of domain {domain!r} have no teacher; give teachers.{domain}.path=DIR,"
-        " or teachers.default.path=DIR for every domain without a teacher of its own"
+        " or teachers.default.path=DIR for every domain without a teacher of its own; domain=NAME trains on one domain alone"
     )
