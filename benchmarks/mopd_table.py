@@ -219,8 +219,8 @@ def draw(path: Path, table: list[dict[str, Any]], lines: list[dict[str, Any]]) -
 
 
 def draw_course(path: Path, lines: list[dict[str, Any]]) -> bool:
-    """Share of gain over sampled tokens: MOPD, with outcome reward, outcome reward alone, the exact signal; and of the shortest domain
-    under the three aggregations. False when no row was watched."""
+    """Share of gain over sampled tokens: MOPD, with outcome reward, outcome reward alone, the exact signal; and of the
+    shortest domain under the three aggregations. False when no row was watched."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -6,7 +6,8 @@ Takes a finished pipeline (`make demo` makes one). Its student answers training 
 the domain's teacher scores each answer through Transformers in this process, a vLLM engine and a vLLM server. Differences of
 log-probabilities in nat, over the tokens of the answers, which are all that a run asks a teacher for, and over all tokens:
 the words of a prompt are nearly random, and teachers give them little probability. "rounding" is Transformers in bfloat16
-against float32; with "rounded heads" the product of the LM head is rounded to bfloat16 too (`teacher_workers.head_dtype=null`). Bars, on answers of all domains: a mean below 1e-5 in float32 and below 1e-3 in bfloat16. Where vLLM
+against float32; with "rounded heads" the product of the LM head is rounded to bfloat16 too
+(`teacher_workers.head_dtype=null`). Bars, on answers of all domains: a mean below 1e-5 in float32 and below 1e-3 in bfloat16. Where vLLM
 cannot hold a teacher in a type (MiMo's attention sinks in float32 on CPUs), it says so and measures the other type.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -243,8 +243,7 @@ def token_logprobs(
     if head_dtype is torch.float32:
         logits_of = float32_logits(weight, bias, hidden_NH)
     else:
-        rounded = weight.to(head_dtype), None if bias is None else bias.to(head_dtype)
-        logits_of = lambda hidden: F.linear(hidden.to(head_dtype), *rounded).float()  # noqa: E731
+        logits_of = _rounded_logits(weight, bias, head_dtype)
     chunk = max(1, SOFTMAX_CHUNK_ELEMENTS // len(weight))
     logprobs = [torch.zeros(0, device=hidden_NH.device)]
     topk_logprobs = [torch.zeros(0, top_k, device=hidden_NH.device)]
@@ -259,6 +258,14 @@ def token_logprobs(
             topk_logprobs.append(likeliest.values - normalisers[wanted_N[part], None])
             topk_ids.append(likeliest.indices)
     return torch.cat(logprobs), torch.cat(topk_ids), torch.cat(topk_logprobs)
+
+
+def _rounded_logits(
+    weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """As `float32_logits`, of a product that is taken in ``dtype`` and rounded to it."""
+    cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return lambda hidden: F.linear(hidden.to(dtype), cast_weight, cast_bias).float()
 
 
 def _spread(values: np.ndarray | None, part: slice, rows: np.ndarray, length: int) -> np.ndarray | None:

@@ -198,14 +198,14 @@ def _temperature(gaps: list[TensorGap]) -> str | None:
 
 
 def _broken(gap: TensorGap, is_foreign: bool) -> str | None:
-    """What is wrong with the values themselves. A vector of zeros (the bias of experts or of an attention) is where a
-    model starts, so only one of the student's own origin must not have lost it."""
+    """What is wrong with the values themselves. A bias of zeros (of experts, of an attention) is where a model starts, so
+    only one of the student's own origin must not have lost it."""
     if gap.num_bad:
         return f"{gap.name} holds NaN or infinite values ({gap.num_bad} of those read)"
     if gap.norm == 0 and (gap.is_matrix if gap.student_spread is None else gap.ratio is not None):
         if gap.is_matrix:
             return f"{gap.name} is all zero"
-        if not is_foreign:
+        if not (is_foreign and gap.name.endswith("bias")):
             return f"{gap.name} is all zero and the student's is not"
     if (
         gap.is_matrix

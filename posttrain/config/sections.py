@@ -86,9 +86,9 @@ class RolloutConfig:
     dtype: Dtype = Dtype.bfloat16
     """Weights and activations of the engine."""
     head_dtype: Dtype | None = Dtype.float32
-    """Type in which the LM head computes logits. float32 is that of the learner's softmax: rounding logits to bfloat16 was a quarter
-    of the k3 that routing replay leaves (docs/results.md). null: as dtype, for quantised heads. A head_dtype in
-    vllm.hf_overrides wins."""
+    """Type in which the LM head computes logits. float32 is that of the learner's softmax: rounding logits to bfloat16
+    was a quarter of the k3 that routing replay leaves (docs/results.md). null: as dtype, for quantised heads. A
+    head_dtype in vllm.hf_overrides wins."""
     max_new_tokens: int = 512
     """Upper bound on sampled tokens per turn."""
     max_turns: int = 1

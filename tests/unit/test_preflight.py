@@ -266,6 +266,10 @@ def test_a_bias_of_zeros_is_missed_in_a_teacher_of_the_students_origin_alone(tmp
     assert f"{name} is all zero and the student's is not" in red["math", "weights"].problem
     with pytest.raises(UserError, match=r"^teachers\.code\.path=.* red as well: weights of teachers\.math$"):
         stop_on_red(rows)
+    name = "model.norm.weight"  # zeros that no model starts with
+    set_bias(foreign, 0.0)
+    rows = judge(file_gates(str(student), {"code": teachers["code"]}, ["code"]), [])
+    assert {row.gate for row in rows if row.verdict is Verdict.red} == {"weights", "foreign"}
 
 
 def test_a_teacher_of_another_size_is_not_compared(student: Path, tmp_path: Path) -> None:
