@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,9 @@ class Seed:
 
     def configuration(self, *overrides: str) -> PipelineRun:
         place = [f"name={self.folder.name}", f"runs_dir={self._work}", f"seed={self.seed}"]
-        cfg = compose("pipeline", [*SETTING, *(QUICK if self.quick else []), *place, *overrides])[1]
+        # An engine's decode steps are mostly overhead, which two engines on one core would pay twice.
+        engines = [f"rollout.num_workers={min(2, len(os.sched_getaffinity(0)))}"]
+        cfg = compose("pipeline", [*SETTING, *(QUICK if self.quick else []), *place, *engines, *overrides])[1]
         assert isinstance(cfg, PipelineRun)
         return cfg
 

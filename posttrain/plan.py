@@ -49,7 +49,7 @@ def processes(cfg: RunConfig, num_parameters: int | None) -> list[Processes]:
     use = gpus_of(cfg, num_gpus())
     found: list[Processes] = []
     if learner := _learner(cfg):
-        cores = learner.cores_per_rank or max(1, (os.cpu_count() or 1) // learner.num_ranks)
+        cores = learner.cores_per_rank or max(1, len(os.sched_getaffinity(0)) // learner.num_ranks)
         # weights, gradients, and AdamW's two moments with the master weights in float32; the factors of adapters, a percent
         # or so, are left out
         each = 2 * BYTES[learner.dtype] + (8 if learner.dtype is Dtype.float32 else 12)
@@ -70,7 +70,7 @@ def processes(cfg: RunConfig, num_parameters: int | None) -> list[Processes]:
             found.append(Processes(name="rewards", count=1, cores=1, gpus=0, gib=0.3))
     if isinstance(cfg, MOPDRun | PipelineRun):
         teachers = cfg.teacher_workers
-        cores = teachers.cores_per_worker or os.cpu_count() or 1
+        cores = teachers.cores_per_worker or len(os.sched_getaffinity(0))
         count = sum(teacher_processes(cfg).values())
         bases = {(t.backend, t.path or (t.adapter and cfg.model.path) or d) for d, t in cfg.teachers.items()}
         local = [base for base in bases if base[0] is not TeacherBackend.server]

@@ -106,7 +106,7 @@ class LearnerConfig:
     bias; GPUs only, not measured on one yet; rounds the logits of a bfloat16 model, which our own chunks do not; not
     with zero_stage=3, which takes the head away before the kernel's backward. off: our own chunks."""
     cores_per_rank: int | None = None
-    """Torch threads of a rank (CPU only); null: all cores divided by the number of ranks."""
+    """Torch threads of a rank (CPU only); null: the cores that this process may use, divided by the number of ranks."""
     num_gpus_per_rank: float | None = None
     """GPUs of each rank; null: 1 where there are GPUs; 0.5 shares one GPU with an engine."""
     deepspeed: dict[str, Any] = field(default_factory=dict)

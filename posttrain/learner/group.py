@@ -234,4 +234,4 @@ def _num_gpus(learner: LearnerConfig) -> float:
 
 
 def _threads(learner: LearnerConfig) -> int:
-    return learner.cores_per_rank or max(1, (os.cpu_count() or 1) // learner.num_ranks)
+    return learner.cores_per_rank or max(1, len(os.sched_getaffinity(0)) // learner.num_ranks)
