@@ -1,11 +1,12 @@
 """MOPD against its baselines on the tiny MoE: the quality table.
 
-    .venv/bin/python benchmarks/mopd.py [--core | --rows sft teachers mopd ...] [--seeds 0 1 2] [--work DIR]
+    .venv/bin/python benchmarks/mopd.py [--core | --rows sft teachers mopd ...] [--seeds 0 1 2] [--jobs 2] [--work DIR]
     .venv/bin/python benchmarks/mopd.py --table      # table and picture from the results alone
     .venv/bin/python benchmarks/mopd.py --quick      # every code path with a few steps; numbers mean nothing
 
 Every finished cell (row, seed) is one line of benchmarks/results/mopd.jsonl; cells that are there are skipped, and what
 rows share (SFT, teachers, the student) lies in the work folder and is resumed, so the command may be stopped at any time.
+Several processes, a core each, share the cells out among themselves (`benchmarks/cells.py`).
 
 The setting is `conf/experiment/tiny.yaml` with long answers in math, so that the longest domain's answers are 15 times
 the shortest's, and 1,000 held-out prompts a domain. Rows that distil or sample get as many answers as the student of
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import Cell, locked, run_jobs, take
 from benchmarks.mopd_models import SIZES, Models, Seed
 from benchmarks.mopd_table import DOMAINS, show
 from posttrain.config import PipelineRun
@@ -71,6 +74,7 @@ class Row:
     every_seed: bool = False  # chosen with every seed
     core: bool = False
     rounds: float = 1.0  # of work, in the student's steps, for the estimate of time
+    after: str | None = "teachers"  # what of the same seed it starts from, or has the budget of
 
 
 def _mopd(*overrides: str, name: str = "mopd", core: bool = False) -> Row:
@@ -91,8 +95,15 @@ def _arithmetic() -> Row:
 ROWS = {
     row.name: row
     for row in (
-        Row(name="sft", make=lambda s, _: s.sft(), core=True, rounds=1.3),
-        Row(name="teachers", make=lambda s, lr: s.teachers(lr=lr), grid=TEACHER_RATES, core=True, rounds=3.0),
+        Row(name="sft", make=lambda s, _: s.sft(), core=True, rounds=1.3, after=None),
+        Row(
+            name="teachers",
+            make=lambda s, lr: s.teachers(lr=lr),
+            grid=TEACHER_RATES,
+            core=True,
+            rounds=3.0,
+            after="sft",
+        ),
         Row(name="average", make=lambda s, _: s.merged(None), core=True, rounds=0),
         _arithmetic(),
         _mopd(core=True),
@@ -102,29 +113,52 @@ ROWS = {
         _mopd("mopd.algorithm.signal=top_k_renorm", TOP_K, name="mopd_top_k_renorm"),
         _mopd("mopd.algorithm.signal=full", name="mopd_full"),
         _mopd(*ORM, name="mopd_orm"),
-        Row(name="mix_rl", make=lambda s, lr: s.mixed(lr, "mix_rl", _budget(s)), grid=RL_RATES, core=True),
+        Row(
+            name="mix_rl",
+            make=lambda s, lr: s.mixed(lr, "mix_rl", _budget(s)),
+            grid=RL_RATES,
+            core=True,
+            after="mopd",
+        ),
         Row(
             name="mix_rl_all",
             make=lambda s, lr: s.mixed(lr, "mix_rl_all", _budget(s, teachers=True)),
             grid=RL_RATES,
             rounds=2.3,
+            after="mopd",
         ),
         Row(
             name="cascade",
             make=lambda s, lr: s.cascade(lr, _budget(s, teachers=True)),
             grid=(1e-4, *RL_RATES),  # what later domains overwrite asks for a small rate
             rounds=2.3,
+            after="mopd",
         ),
         Row(name="off_policy", make=lambda s, lr: s.off_policy(lr), grid=SFT_RATES, core=True),
         Row(
             name="off_policy_filtered", make=lambda s, lr: s.off_policy(lr, filtered=True), like="off_policy"
         ),
         Row(name="foreign_teachers", make=lambda s, _: s.foreign_teachers(), rounds=4.3),
-        Row(name="mopd_foreign", make=lambda s, lr: s.student_of_foreigners(lr), like="mopd"),
+        Row(
+            name="mopd_foreign",
+            make=lambda s, lr: s.student_of_foreigners(lr),
+            like="mopd",
+            after="foreign_teachers",
+        ),
         Row(name="oracle", make=lambda s, lr: s.oracle(lr), like="mopd"),
-        Row(name="round2", make=lambda s, lr: s.second_round(lr), like="mopd", rounds=2.3),
+        Row(name="round2", make=lambda s, lr: s.second_round(lr), like="mopd", rounds=2.3, after="mopd"),
     )
 }
+
+
+def needs(cell: Cell) -> set[Cell]:
+    """The cells whose runs this one starts from, or whose choice it takes over."""
+    row, seed = ROWS[cell[0]], cell[1]
+    found = {(row.after, seed)} if row.after else set()
+    tuned = row.like or (row.name if row.grid != (None,) and not row.every_seed else None)
+    if tuned:
+        found.add((tuned, TUNING_SEED))
+    return found - {cell}
 
 
 def choose(row: Row, s: Seed) -> Any:
@@ -141,14 +175,14 @@ def choose(row: Row, s: Seed) -> Any:
         with s.aside():
             accuracy = [_mean_accuracy(s, row, value) for value in grid]
         best = grid[int(np.argmax(accuracy))]
-        # Another process may have written since.
-        chosen = json.loads(file.read_text()) if file.exists() else {}
-        chosen[key] = {
-            "value": best,
-            "seed": s.seed,
-            "validation": dict(zip(map(str, grid), accuracy, strict=True)),
-        }
-        file.write_text(json.dumps(chosen, indent=1) + "\n")
+        with locked(file.with_suffix(".lock")):  # another process may have written since
+            chosen = json.loads(file.read_text()) if file.exists() else {}
+            chosen[key] = {
+                "value": best,
+                "seed": s.seed,
+                "validation": dict(zip(map(str, grid), accuracy, strict=True)),
+            }
+            file.write_text(json.dumps(chosen, indent=1) + "\n")
         print(f"{row.name}: chose {best} on the validation split: {chosen[key]['validation']}", flush=True)
     return chosen[key]["value"]
 
@@ -209,10 +243,14 @@ def estimate_s(row: Row, cfg: PipelineRun, num_values: int) -> float:
     return row.rounds * answers * 0.016 * num_values + evaluated / 344
 
 
+def finished(results: Path) -> set[Cell]:
+    return {(line["row"], line["seed"]) for line in (read_jsonl(results) if results.exists() else [])}
+
+
 def run(args: argparse.Namespace, rows: list[Row], results: Path) -> None:
     """Measure the cells that are not in ``results`` yet, and append them."""
-    done = {(line["row"], line["seed"]) for line in (read_jsonl(results) if results.exists() else [])}
-    cells = [(row, seed) for seed in args.seeds for row in rows if (row.name, seed) not in done]
+    done = finished(results)
+    cells = [(row.name, seed) for seed in args.seeds for row in rows if (row.name, seed) not in done]
     print(f"{len(args.seeds) * len(rows)} cells, {len(cells)} to do", flush=True)
     if not cells:
         return
@@ -222,48 +260,64 @@ def run(args: argparse.Namespace, rows: list[Row], results: Path) -> None:
         )
     cfg = Seed(args.work, args.seeds[0], args.quick).cfg
     costs = {}
-    for row, seed in cells:
+    for name, seed in cells:
+        row = ROWS[name]
         tuned = row.every_seed or (seed == TUNING_SEED and not row.like)
-        costs[row.name, seed] = estimate_s(row, cfg, len(row.grid) if tuned else 1)
-    print(
-        f"estimated {format_s(sum(costs.values()))} on 2 CPU cores" + " (not with --quick)" * args.quick,
-        flush=True,
-    )
-    begin, paid = time.perf_counter(), 0.0
+        costs[name, seed] = estimate_s(row, cfg, len(row.grid) if tuned else 1)
+    if not args.job:
+        print(
+            f"estimated {format_s(sum(costs.values()))} on 2 CPU cores" + " (not with --quick)" * args.quick,
+            flush=True,
+        )
+    begin = time.perf_counter()
     seeds = {seed: Seed(args.work, seed, args.quick) for seed in {TUNING_SEED, *args.seeds}}
-    first = seeds[TUNING_SEED]
-    first.make_inputs()
-    seeds[args.seeds[0]].make_inputs()
+    if args.jobs > 1:
+        for s in seeds.values():
+            s.make_inputs()
+        run_jobs(args.jobs, [*sys.argv, "--jobs", "1", "--job"])
+        print(f"{len(cells)} cells in {format_s(time.perf_counter() - begin)} by {args.jobs} processes")
+        return
+    for seed in dict.fromkeys([TUNING_SEED, args.seeds[0]]):
+        seeds[seed].make_inputs()
     with Engines(cfg.ray) as engines:
         pipeline.warm_up(engines, cfg, DOMAINS)
-        first.engines = engines
-        for row, seed in cells:
-            s = seeds[seed]
+        for s in seeds.values():
             s.engines = engines
-            s.make_inputs()
-            if row.name != "sft":
-                choose(ROWS["teachers"], first)
-            if not row.every_seed and row.name != "teachers" and (row.grid != (None,) or row.like):
-                choose(ROWS["mopd"], first)  # its student sets the budget
-                choose(row, first)
-            command = f"benchmarks/mopd.py --rows {row.name} --seeds {seed}"
-            command += (" --quick" if args.quick else "") + (
-                f" --results {args.results}" * bool(args.results)
-            )
-            line = measure(row, s, command)
-            results.parent.mkdir(parents=True, exist_ok=True)
-            if (chosen := args.work / "chosen.json").exists():
-                shutil.copy(chosen, results.with_name(results.stem + "_chosen.json"))
-            with results.open("a") as stream:
-                stream.write(json.dumps(line, separators=(",", ":")) + "\n")
-            paid += costs.pop((row.name, seed))
+        for cell in take(cells, needs, lambda: finished(results), args.work / "claims"):
+            line = measure_cell(cell, seeds, args)
+            with locked(args.work / "results.lock"):
+                append(line, args.work / "chosen.json", results)
+            left = [costs[other] for other in set(cells) - finished(results)]
             spent = time.perf_counter() - begin
-            left = sum(costs.values()) * spent / max(paid, 1.0)
+            paid = max(sum(costs.values()) - sum(left), 1.0)
             print(
-                f"{row.name} seed {seed}: mean accuracy {100 * np.mean(list(line['accuracy'].values())):.1f} %;"
-                f" spent {format_s(spent)}, about {format_s(left)} left",
+                f"{cell[0]} seed {cell[1]}: mean accuracy {100 * np.mean(list(line['accuracy'].values())):.1f} %;"
+                f" spent {format_s(spent)}, about {format_s(sum(left) * spent / paid)} left",
                 flush=True,
             )
+
+
+def measure_cell(cell: Cell, seeds: dict[int, Seed], args: argparse.Namespace) -> dict[str, Any]:
+    """The line of a cell, after what it takes over from the seed that chooses."""
+    row, first, s = ROWS[cell[0]], seeds[TUNING_SEED], seeds[cell[1]]
+    s.make_inputs()
+    if row.name != "sft":
+        choose(ROWS["teachers"], first)
+    if row.after == "mopd":
+        choose(ROWS["mopd"], first)  # its student sets the budget
+    if not row.every_seed and (row.grid != (None,) or row.like):
+        choose(row, first)
+    command = f"benchmarks/mopd.py --rows {row.name} --seeds {s.seed}" + " --quick" * args.quick
+    return measure(row, s, command + f" --results {args.results}" * bool(args.results))
+
+
+def append(line: dict[str, Any], chosen: Path, results: Path) -> None:
+    """Add a line to the results, with what was chosen so far beside them."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if chosen.exists():
+        shutil.copy(chosen, results.with_name(results.stem + "_chosen.json"))
+    with results.open("a") as stream:
+        stream.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
 def main() -> None:
@@ -275,6 +329,8 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="these rows (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core, at most one a seed)")
+    parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)  # one of these processes
     parser.add_argument("--work", type=Path, help="folder of all runs (default: runs/benchmark-mopd)")
     parser.add_argument("--results", type=Path, help="the lines (default: benchmarks/results/mopd.jsonl)")
     parser.add_argument(
@@ -283,10 +339,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps and prompts: does it run?")
     args = parser.parse_args()
     args.work = args.work or Path("runs") / ("benchmark-mopd-quick" if args.quick else "benchmark-mopd")
+    args.jobs = args.jobs or min(len(os.sched_getaffinity(0)), len(args.seeds))
     results = args.results or (args.work / "mopd.jsonl" if args.quick else RESULTS)
     if not args.table:
         names = args.rows or [name for name, row in ROWS.items() if row.core or not args.core]
         run(args, [ROWS[name] for name in names], results)
+    if args.job:
+        return
     if not results.exists():
         sys.exit(f"{results}: no results yet; start without --table")
     show(results)

@@ -7,13 +7,14 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import locked
 from benchmarks.mopd_table import DOMAINS
 from examples.tiny.make_data import make
 from examples.tiny.model import build_model
@@ -86,10 +87,11 @@ class Seed:
 
     def make_inputs(self) -> None:
         inputs = self.folder / "inputs"
-        if not (inputs / "READY").exists():
-            make(inputs, seed=self.seed, long_math=True, **(QUICK_SIZES if self.quick else SIZES))
-            build_model(inputs / "model", self.seed)
-            (inputs / "READY").touch()
+        with self._alone("inputs"):
+            if not (inputs / "READY").exists():
+                make(inputs, seed=self.seed, long_math=True, **(QUICK_SIZES if self.quick else SIZES))
+                build_model(inputs / "model", self.seed)
+                (inputs / "READY").touch()
 
     # Runs -----------------------------------------------------------------------------------------------------
 
@@ -102,7 +104,7 @@ class Seed:
             run = replace(run, algorithm=replace(run.algorithm, **algorithm))
         self.used.add(name)
         if name not in self._made:
-            with self._timed(name):
+            with self._alone(name), self._timed(name):
                 self._made[name] = module.run(run, self.engines)
         return self._made[name]
 
@@ -112,9 +114,14 @@ class Seed:
         try:
             yield
         finally:
-            seconds = self._read("wall.json") or {}
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
-            self._write("wall.json", seconds)
+            with self._alone("wall.json"):
+                seconds = self._read("wall.json") or {}
+                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+                self._write("wall.json", seconds)
+
+    def _alone(self, name: str) -> AbstractContextManager[None]:
+        """Wait until no other process makes ``name`` of this seed."""
+        return locked(self.folder / "locks" / name.replace("/", "-"))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -313,19 +320,23 @@ class Seed:
         for path in dict.fromkeys(models.values()):
             domains = [d for d in DOMAINS if models[d] == path]
             file = f"eval/{split}-{fingerprint(path)[:16]}-{'-'.join(domains)}.json"
-            if self._read(file) is None:
-                assert self.engines is not None
-                rewards = self.engines.rewards(self.cfg.rewards, self.cfg.reward_workers, DOMAINS)
-                model = replace(self.cfg.model, path=path)
-                rollouts = self.engines.rollouts(self.cfg.rollout, model, self.cfg.environments, self.seed)
-                rollouts.load_checkpoint(path, 1)
-                asked = {d: prompts[d] for d in domains}
-                settings = (sampled, greedy if split == "heldout" else None)
-                self._write(file, evaluate.evaluate(rollouts, rewards, asked, *settings).to_json())
+            with self._alone(file):
+                if self._read(file) is None:
+                    asked = {d: prompts[d] for d in domains}
+                    settings = (sampled, greedy if split == "heldout" else None)
+                    self._write(file, self._answers(path, asked, *settings).to_json())
             found = evaluate.Scores.read(self.folder / file)
             scores.sampled |= found.sampled
             scores.greedy |= found.greedy or {}
         return scores
+
+    def _answers(self, path: str, prompts: dict[str, Any], *settings: Any) -> evaluate.Scores:
+        assert self.engines is not None
+        rewards = self.engines.rewards(self.cfg.rewards, self.cfg.reward_workers, DOMAINS)
+        model = replace(self.cfg.model, path=path)
+        rollouts = self.engines.rollouts(self.cfg.rollout, model, self.cfg.environments, self.seed)
+        rollouts.load_checkpoint(path, 1)
+        return evaluate.evaluate(rollouts, rewards, prompts, *settings)
 
     def _prompts(self, split: str) -> dict[str, Any]:
         inputs = self.folder / "inputs"

@@ -160,7 +160,7 @@ def test_teachers_learn_at_the_rate_that_was_chosen(tmp_path):
 
 def test_a_changed_tree_is_refused_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(mopd, "code_revision", lambda apart_from: "abc-dirty")
-    args = argparse.Namespace(seeds=[0], work=tmp_path, quick=False)
+    args = argparse.Namespace(seeds=[0], work=tmp_path, quick=False, jobs=2, job=False)
     with pytest.raises(SystemExit, match="commit or stash"):
         mopd.run(args, [ROWS["sft"]], tmp_path / "mopd.jsonl")
     assert not (tmp_path / "seed0").exists()
@@ -169,7 +169,7 @@ def test_a_changed_tree_is_refused_before_anything_starts(tmp_path, monkeypatch)
 def test_finished_cells_start_nothing(tmp_path, capsys):
     results = tmp_path / "mopd.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in LINES))
-    args = argparse.Namespace(seeds=[0, 1], work=tmp_path, quick=False)
+    args = argparse.Namespace(seeds=[0, 1], work=tmp_path, quick=False, jobs=2, job=False)
     mopd.run(args, [ROWS[name] for name in ("sft", "teachers", "mopd")], results)
     assert "6 cells, 0 to do" in capsys.readouterr().out
     assert len(results.read_text().splitlines()) == len(LINES)
