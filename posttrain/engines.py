@@ -20,6 +20,7 @@ from posttrain.config import (
     RayConfig,
     RewardWorkerConfig,
     RolloutConfig,
+    RunConfig,
     TeacherWorkerConfig,
 )
 
@@ -56,6 +57,16 @@ class Engines:
         self._rewards_key: Any = None
         self._teachers: TeacherPool | None = None
         self._teachers_key: Any = None
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> Engines:
+        """Those of a run of its own, which says what it starts: imports take a while, and no step shows meanwhile."""
+        if cfg.tracking.console:
+            from posttrain.plan import processes
+
+            names = ", ".join(f"{row.name} x{row.count}" for row in processes(cfg, None))
+            print(f"{cfg.name}: starting Ray, {names} ...", flush=True)
+        return cls(cfg.ray)
 
     def __enter__(self) -> Engines:
         return self

@@ -52,7 +52,7 @@ def run(cfg: EvalRun, engines: Engines | None = None) -> None:
     folder = RunFolder.open(cfg)
     tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
     prompts = held_out(load_prompts(cfg.data, tokenizer, room(cfg.rollout), eval=True), cfg.eval.num_prompts)
-    with Engines(cfg.ray) as engines:
+    with Engines.of(cfg) as engines:
         starting = engines.in_background(engines.rollouts, cfg.rollout, cfg.model, cfg.environments, cfg.seed)
         rewards = engines.rewards(cfg.rewards, cfg.reward_workers, sorted(prompts))
         rollouts = starting.result()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from posttrain.config import MOPDRun
+from posttrain.config import MOPDRun, Signal
 from posttrain.engines import Engines
 from posttrain.runs.policy import run_policy
 
 
 def run(cfg: MOPDRun, engines: Engines | None = None) -> str:
     """Train, and return the folder of the finished model. Resumes where the run folder stands."""
-    return run_policy(cfg, engines, headline=["teacher/mean_abs", "reward/all", "length/all"])
+    gap = "teacher/kl" if cfg.algorithm.signal is not Signal.sampled else "teacher/mean_abs"
+    return run_policy(cfg, engines, headline=[gap, "reward/all", "length/all"])

@@ -66,7 +66,7 @@ def run(cfg: PipelineRun) -> None:
     domains = sorted(cfg.teachers)
     stopwatch = Stopwatch(folder)
 
-    with Engines(cfg.ray) as engines:
+    with Engines.of(cfg) as engines:
         with stopwatch("start"):
             warm_up(engines, cfg, domains)
         with stopwatch("sft"):

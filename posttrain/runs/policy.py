@@ -64,7 +64,7 @@ def run_policy(cfg: RLRun | MOPDRun, engines: Engines | None, headline: list[str
         identify=lambda p: p.prompt_id.encode() + p.token_ids.tobytes(),
     )
 
-    with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
+    with nullcontext(engines) if engines else Engines.of(cfg) as engines:
         # Engines start side by side; imports are most of it.
         starting = [
             engines.in_background(

@@ -53,7 +53,7 @@ def run(cfg: SampleRun, engines: Engines | None = None) -> str:
         folder, cfg.sample, lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     )
 
-    with nullcontext(engines) if engines else Engines(cfg.ray) as processes:
+    with nullcontext(engines) if engines else Engines.of(cfg) as processes:
         # Nobody replays these routes; living engines are taken as they are.
         rollout = cfg.rollout if engines else replace(cfg.rollout, record_routes=Replay.off)
         starting = processes.in_background(processes.rollouts, rollout, cfg.model, cfg.environments, cfg.seed)

@@ -38,7 +38,7 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
         cfg.seed,
         identify=lambda sample: sample.token_ids.tobytes() + sample.loss_mask.tobytes(),
     )
-    with nullcontext(engines) if engines else Engines(cfg.ray) as engines:
+    with nullcontext(engines) if engines else Engines.of(cfg) as engines:
         learner = engines.learner(cfg.learner, cfg.model, cfg.algorithm.steps, cfg.seed)
         validation = Validation(cfg.algorithm, held_out(cfg), learner, folder)
         first_step = 1
