@@ -11,9 +11,11 @@ Several processes, a core each, share the cells out among themselves (`benchmark
 The setting is `conf/experiment/tiny.yaml` with long answers in math, so that the longest domain's answers are 15 times
 the shortest's, and 1,000 held-out prompts a domain. Rows that distil or sample get as many answers as the student of
 MOPD, RL rows as many steps as its sampled tokens pay for; the line says what was really sampled. Learning rates are
-chosen on the validation split with seed 0 and kept for the others, merge coefficients with every seed; the held-out
-prompts decide nothing, and what was chosen from what lies beside the results (`*_chosen.json`). A working tree with
-changes is refused, so that the commit of a line made it. Shares are (row - SFT) / (teachers - SFT), per domain, then averaged.
+chosen on the validation split with seed 0 and kept for the others, merge coefficients with every seed; what was chosen
+from what lies beside the results (`*_chosen.json`) and is taken from there where the work folder is new. Held-out prompts
+choose none of them; how long teachers train and how large the budget is was set after looking at some (docs/results.md). A
+working tree with changes is refused; a line names the commit that its process was started with. Shares are
+(row - SFT) / (teachers - SFT), per domain, then averaged.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from benchmarks.cells import Cell, locked, run_jobs, take
 from benchmarks.mopd_models import SIZES, Models, Seed
 from benchmarks.mopd_table import DOMAINS, show
 from posttrain.config import PipelineRun
+from posttrain.disk import write_atomic
 from posttrain.engines import Engines
 from posttrain.manifest import code_revision
 from posttrain.report.bootstrap import normalised
@@ -112,6 +114,7 @@ ROWS = {
         _mopd("mopd.algorithm.signal=top_k", TOP_K, name="mopd_top_k"),
         _mopd("mopd.algorithm.signal=top_k_renorm", TOP_K, name="mopd_top_k_renorm"),
         _mopd("mopd.algorithm.signal=full", name="mopd_full"),
+        _mopd("mopd.algorithm.teacher_clip=1000", name="mopd_no_clip"),
         _mopd(*ORM, name="mopd_orm"),
         Row(
             name="mix_rl",
@@ -135,6 +138,7 @@ ROWS = {
             after="mopd",
         ),
         Row(name="off_policy", make=lambda s, lr: s.off_policy(lr), grid=SFT_RATES, core=True),
+        Row(name="off_policy_seq_mean", make=lambda s, lr: s.off_policy(lr, seq_mean=True), grid=SFT_RATES),
         Row(
             name="off_policy_filtered", make=lambda s, lr: s.off_policy(lr, filtered=True), like="off_policy"
         ),
@@ -169,22 +173,44 @@ def choose(row: Row, s: Seed) -> Any:
     if len(grid) == 1:
         return grid[0]
     file = s.folder.parent / "chosen.json"
-    chosen = json.loads(file.read_text()) if file.exists() else {}
+    chosen = read_choices(file)
     key = f"{row.name}/seed{s.seed}" if row.every_seed else row.name
     if key not in chosen:
         with s.aside():
             accuracy = [_mean_accuracy(s, row, value) for value in grid]
         best = grid[int(np.argmax(accuracy))]
-        with locked(file.with_suffix(".lock")):  # another process may have written since
-            chosen = json.loads(file.read_text()) if file.exists() else {}
-            chosen[key] = {
-                "value": best,
-                "seed": s.seed,
-                "validation": dict(zip(map(str, grid), accuracy, strict=True)),
-            }
-            file.write_text(json.dumps(chosen, indent=1) + "\n")
-        print(f"{row.name}: chose {best} on the validation split: {chosen[key]['validation']}", flush=True)
+        validation = dict(zip(map(str, grid), accuracy, strict=True))
+        chosen = add_choices(file, {key: {"value": best, "seed": s.seed, "validation": validation}})
+        print(f"{row.name}: chose {best} on the validation split: {validation}", flush=True)
     return chosen[key]["value"]
+
+
+def read_choices(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def add_choices(file: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """All choices of ``file`` after ``new`` came to them; what is there already stays."""
+    with locked(file.with_suffix(".lock")):  # another process may have written since
+        chosen = new | read_choices(file)
+        write_atomic(file, json.dumps(chosen, indent=1) + "\n")
+    return chosen
+
+
+def take_over_choices(work: Path, results: Path) -> None:
+    """Choices that lines were made with hold in a new work folder too; a work folder that chose otherwise is refused."""
+    made = read_choices(_choices_of(results)) if results.exists() else {}
+    chosen = add_choices(work / "chosen.json", made)
+    for key, entry in made.items():
+        if chosen[key]["value"] != entry["value"]:
+            sys.exit(
+                f"{work / 'chosen.json'}: {key} is {chosen[key]['value']}, and the lines of {results} were made with"
+                f" {entry['value']}; give another --work or --results"
+            )
+
+
+def _choices_of(results: Path) -> Path:
+    return results.with_name(results.stem + "_chosen.json")
 
 
 def _mean_accuracy(s: Seed, row: Row, value: Any) -> float:
@@ -199,24 +225,27 @@ def as_models(made: Models | str) -> Models:
 # Cells ----------------------------------------------------------------------------------------------------------
 
 
-def measure(row: Row, s: Seed, command: str) -> dict[str, Any]:
+def measure(row: Row, s: Seed, command: str, commit: str | None) -> dict[str, Any]:
     """The line of one cell."""
     value = choose(row, s)
     s.used = set()
     scores = s.evaluate(as_models(row.make(s, value)), "heldout")
     used = sorted(s.used)
-    with s.aside():
-        base = s.evaluate(as_models(s.sft()), "heldout").sampled
-        teachers = s.evaluate(s.teachers(), "heldout").sampled
-    shares, mean = normalised(base, teachers, scores.sampled, s.seed, num_draws=1)
+    found: dict[str, float | None] = dict.fromkeys([*DOMAINS, "mean"], 0.0)
+    if row.name != "sft":  # whose share is 0, and which comes before the teachers
+        with s.aside():
+            base = s.evaluate(as_models(s.sft()), "heldout").sampled
+            teachers = s.evaluate(s.teachers(), "heldout").sampled
+        shares, mean = normalised(base, teachers, scores.sampled, s.seed, num_draws=1)
+        found = {d: i.value for d, i in shares.items()} | {"mean": mean.value}
     own = [name for name in used if name != "sft" and not name.startswith("teachers/")]
     if row.name in ("sft", "teachers"):
         own = [name for name in used if row.name == "sft" or name != "sft"]
-    seconds = json.loads((s.folder / "wall.json").read_text())
+    seconds = s.wall_seconds()
     return {
         "row": row.name,
         "seed": s.seed,
-        "commit": code_revision(str(FOLDER)),
+        "commit": commit,
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chosen": value,
@@ -228,7 +257,7 @@ def measure(row: Row, s: Seed, command: str) -> dict[str, Any]:
         "num_samples": s.cfg.eval.num_samples,
         "accuracy": {d: round(float(a.mean()), 4) for d, a in scores.sampled.items()},
         "accuracy_greedy": {d: round(float(a.mean()), 4) for d, a in (scores.greedy or {}).items()},
-        "normalised": {d: i.value for d, i in shares.items()} | {"mean": mean.value},
+        "normalised": found,
         **(s.course(own[0]) if len(own) == 1 else {}),
         "per_prompt": {d: [round(float(v), 4) for v in a.mean(axis=1)] for d, a in scores.sampled.items()},
     }
@@ -254,7 +283,8 @@ def run(args: argparse.Namespace, rows: list[Row], results: Path) -> None:
     print(f"{len(args.seeds) * len(rows)} cells, {len(cells)} to do", flush=True)
     if not cells:
         return
-    if not args.quick and (code_revision(str(FOLDER)) or "-dirty").endswith("-dirty"):
+    args.commit = code_revision(str(FOLDER))  # of the code that is imported; a later one is not
+    if not args.quick and (args.commit or "-dirty").endswith("-dirty"):
         sys.exit(
             "files differ from the commit that the lines would name: commit or stash them, or use --quick"
         )
@@ -269,6 +299,7 @@ def run(args: argparse.Namespace, rows: list[Row], results: Path) -> None:
             f"estimated {format_s(sum(costs.values()))} on 2 CPU cores" + " (not with --quick)" * args.quick,
             flush=True,
         )
+    take_over_choices(args.work, results)
     begin = time.perf_counter()
     seeds = {seed: Seed(args.work, seed, args.quick) for seed in {TUNING_SEED, *args.seeds}}
     if args.jobs > 1:
@@ -308,16 +339,19 @@ def measure_cell(cell: Cell, seeds: dict[int, Seed], args: argparse.Namespace) -
     if not row.every_seed and (row.grid != (None,) or row.like):
         choose(row, first)
     command = f"benchmarks/mopd.py --rows {row.name} --seeds {s.seed}" + " --quick" * args.quick
-    return measure(row, s, command + f" --results {args.results}" * bool(args.results))
+    return measure(row, s, command + f" --results {args.results}" * bool(args.results), args.commit)
 
 
 def append(line: dict[str, Any], chosen: Path, results: Path) -> None:
-    """Add a line to the results, with what was chosen so far beside them."""
+    """Add a line to the results, with what was chosen so far beside them. Call it under a lock."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    if chosen.exists():
-        shutil.copy(chosen, results.with_name(results.stem + "_chosen.json"))
-    with results.open("a") as stream:
-        stream.write(json.dumps(line, separators=(",", ":")) + "\n")
+    if found := read_choices(chosen):
+        write_atomic(_choices_of(results), json.dumps(found, indent=1) + "\n")
+    lines = [
+        *(read_jsonl(results) if results.exists() else []),
+        line,
+    ]  # without half a line of a killed process
+    write_atomic(results, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in lines))
 
 
 def main() -> None:
@@ -328,17 +362,26 @@ def main() -> None:
         "--core", action="store_true", help="the rows " + ", ".join(r.name for r in ROWS.values() if r.core)
     )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="these rows (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core, at most one a seed)")
     parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)  # one of these processes
     parser.add_argument("--work", type=Path, help="folder of all runs (default: runs/benchmark-mopd)")
     parser.add_argument("--results", type=Path, help="the lines (default: benchmarks/results/mopd.jsonl)")
     parser.add_argument(
-        "--table", action="store_true", help="print the table and draw the picture, measure nothing"
+        "--table",
+        action="store_true",
+        help="print the table and draw the picture, measure nothing; with --seeds, those alone and no picture",
+    )
+    parser.add_argument(
+        "--against",
+        default="mopd",
+        choices=list(ROWS),
+        help="the row that others are subtracted from (default: mopd)",
     )
     parser.add_argument("--quick", action="store_true", help="a few steps and prompts: does it run?")
     args = parser.parse_args()
     args.work = args.work or Path("runs") / ("benchmark-mopd-quick" if args.quick else "benchmark-mopd")
+    shown, args.seeds = args.seeds, args.seeds or [0, 1, 2]
     args.jobs = args.jobs or min(len(os.sched_getaffinity(0)), len(args.seeds))
     results = args.results or (args.work / "mopd.jsonl" if args.quick else RESULTS)
     if not args.table:
@@ -348,7 +391,7 @@ def main() -> None:
         return
     if not results.exists():
         sys.exit(f"{results}: no results yet; start without --table")
-    show(results)
+    show(results, shown if args.table else None, args.against)
 
 
 if __name__ == "__main__":

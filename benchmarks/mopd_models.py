@@ -20,6 +20,7 @@ from examples.tiny.make_data import make
 from examples.tiny.model import build_model
 from posttrain.compose import compose
 from posttrain.config import (
+    Aggregation,
     DataConfig,
     MergeMethod,
     MergeRun,
@@ -30,6 +31,7 @@ from posttrain.config import (
 )
 from posttrain.data.sources import load_prompts
 from posttrain.data.tokenizer import load_tokenizer
+from posttrain.disk import write_atomic
 from posttrain.engines import Engines
 from posttrain.runs import evaluate, merge, mopd, pipeline, rl, sample, sft
 from posttrain.tracking.jsonl import read_jsonl
@@ -38,7 +40,7 @@ from teachers.fingerprint import fingerprint
 SETTING = [
     "experiment=tiny",
     "rollout.max_new_tokens=72",
-    "rl.algorithm.steps=80",  # teachers that stopped learning: what a student could gain beyond them is no distillation
+    "rl.algorithm.steps=80",  # teachers that hardly rise any more: what a student gains beyond them is no distillation
     "teachers.code.steps=80",
     "mopd.algorithm.steps=360",
     "mopd.algorithm.prompts_per_step=64",
@@ -115,9 +117,13 @@ class Seed:
             yield
         finally:
             with self._alone("wall.json"):
-                seconds = self._read("wall.json") or {}
+                seconds = self.wall_seconds()
                 seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
                 self._write("wall.json", seconds)
+
+    def wall_seconds(self) -> dict[str, float]:
+        """Seconds that every run of this seed has taken, by name, over all processes that worked on it."""
+        return self._read("wall.json") or {}
 
     def _alone(self, name: str) -> AbstractContextManager[None]:
         """Wait until no other process makes ``name`` of this seed."""
@@ -206,8 +212,9 @@ class Seed:
             models[domain] = self.train(mopd, run, f"oracle-{lr:g}/{domain}", lr, prompts_per_step=share)
         return models
 
-    def off_policy(self, lr: float, filtered: bool = False) -> str:
-        """SFT on the teachers' own answers, as many as the student of MOPD samples; ``filtered``: on the right ones."""
+    def off_policy(self, lr: float, filtered: bool = False, seq_mean: bool = False) -> str:
+        """SFT on the teachers' own answers, as many as the student of MOPD samples; ``filtered``: on the right ones;
+        ``seq_mean``: every answer weighs the same, as in MOPD, and no balancing rule moves the routers."""
         teachers, kind = self.teachers(), "filtered" if filtered else "all"
         each = self.cfg.mopd.algorithm.steps * self.cfg.mopd.algorithm.prompts_per_step // len(DOMAINS)
         num_samples = math.ceil(each / (QUICK_SIZES if self.quick else SIZES)["num_prompts"])
@@ -230,8 +237,11 @@ class Seed:
             num_rows += Path(path).read_text().count("\n")
         run = replace(pipeline.sft_config(self.cfg), data=DataConfig(sources=sources))
         run = replace(run, model=replace(run.model, path=self.sft()))
-        num_steps = max(1, SFT_EPOCHS * num_rows // run.algorithm.batch_size)
-        return self.train(sft, run, f"off_policy-{kind}-{lr:g}", lr, steps=num_steps)
+        algorithm: dict[str, Any] = {"steps": max(1, SFT_EPOCHS * num_rows // run.algorithm.batch_size)}
+        if seq_mean:
+            run = replace(run, learner=replace(run.learner, expert_bias_rate=0.0, aux_loss_coef=0.0))
+            algorithm["aggregation"], kind = Aggregation.seq_mean, "seq_mean"
+        return self.train(sft, run, f"off_policy-{kind}-{lr:g}", lr, **algorithm)
 
     def second_round(self, lr: float) -> str:
         student = self.student(lr)
@@ -354,4 +364,4 @@ class Seed:
     def _write(self, name: str, value: Any) -> None:
         file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(value) + "\n")
+        write_atomic(file, json.dumps(value) + "\n")

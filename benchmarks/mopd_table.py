@@ -23,6 +23,7 @@ LABELS = {
     "mopd_top_k": "MOPD, top_k signal",
     "mopd_top_k_renorm": "MOPD, top_k renormalised",
     "mopd_full": "MOPD, full signal",
+    "mopd_no_clip": "MOPD without teacher_clip",
     "mopd_orm": "MOPD with outcome reward",
     "foreign_teachers": "foreign teachers",
     "mopd_foreign": "MOPD, foreign teachers",
@@ -30,17 +31,19 @@ LABELS = {
     "mix_rl_all": "Mix-RL, teachers' tokens too",
     "cascade": "cascade RL",
     "off_policy": "off-policy distillation",
+    "off_policy_seq_mean": "off-policy, seq_mean",
     "off_policy_filtered": "off-policy, right answers",
     "oracle": "one teacher, one student",
     "round2": "MOPD, second round",
 }
 
 
-def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(lines: list[dict[str, Any]], against: str = "mopd") -> list[dict[str, Any]]:
     """One entry per row over its seeds: mean accuracies, share of gain with its interval, tokens.
 
     The interval is a paired bootstrap over held-out prompts, with every (seed, domain) resampled by itself; ``spread``
-    is the standard deviation of the share over seeds; ``ahead`` is the share of MOPD minus that of the row, paired.
+    is the standard deviation of the share over seeds; ``ahead`` is the share of the row ``against`` minus that of the
+    row, paired.
     """
     cells = {(line["row"], line["seed"]): line for line in lines}
     table = []
@@ -54,16 +57,13 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for row in ("sft", "teachers", name)
         ]
         ahead, ahead_of_seeds = None, []
-        if name != "mopd" and all(("mopd", s) in cells for s in seeds):
+        if name != against and all((against, s) in cells for s in seeds):
             student = {
-                f"{s}/{d}": np.array(cells["mopd", s]["per_prompt"][d]) for s in seeds for d in DOMAINS
+                f"{s}/{d}": np.array(cells[against, s]["per_prompt"][d]) for s in seeds for d in DOMAINS
             }
             ahead = difference(arrays[0], arrays[1], student, arrays[2], seed=0)
-            ahead_of_seeds = [
-                cells["mopd", s]["normalised"]["mean"] - cells[name, s]["normalised"]["mean"]
-                for s in seeds
-                if None not in (cells["mopd", s]["normalised"]["mean"], cells[name, s]["normalised"]["mean"])
-            ]
+            pairs = [[cells[row, s]["normalised"]["mean"] for row in (against, name)] for s in seeds]
+            ahead_of_seeds = [theirs - own for theirs, own in pairs if None not in (theirs, own)]
         shares = [line["normalised"]["mean"] for line in own]
         entry: dict[str, Any] = {"row": name, "seeds": seeds}
         entry["accuracy"] = {d: float(np.mean([line["accuracy"][d] for line in own])) for d in DOMAINS}
@@ -83,14 +83,15 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def print_table(table: list[dict[str, Any]]) -> None:
+def print_table(table: list[dict[str, Any]], against: str = "mopd") -> None:
+    versus = f"{LABELS[against]} - row"
     print(
         "Accuracy on held-out prompts at temperature 1, %; share of gain = (row - SFT) / (teacher - SFT) [95 %]; least:"
-        " that of the worst domain; MOPD - row: paired difference of the shares [95 %]"
+        f" that of the worst domain; {versus}: paired difference of the shares [95 %]"
     )
     header = "".join(f"{d:>9}" for d in [*DOMAINS, "mean", "greedy"])
     print(
-        f"{'':<30}{header}   share of gain          sd   least  MOPD - row             Mtokens (+ teachers')"
+        f"{'':<30}{header}   share of gain          sd   least  {versus:<22} Mtokens (+ teachers')"
         "   wall s  seeds"
     )
     for entry in table:
@@ -107,11 +108,13 @@ def print_table(table: list[dict[str, Any]]) -> None:
         )
 
 
-def print_seeds(table: list[dict[str, Any]]) -> None:
-    """MOPD - row in every seed, and the standard error of their mean: what another seed would change is in it."""
+def print_seeds(table: list[dict[str, Any]], against: str = "mopd") -> None:
+    """The difference in every seed, and the standard error of their mean: what another seed would change is in it."""
     several = [entry for entry in table if len(entry["ahead_of_seeds"]) > 1]
     if several:
-        print("\nMOPD - row, the difference of the shares in every seed; mean +- standard error over seeds")
+        print(
+            f"\n{LABELS[against]} - row, the difference of the shares in every seed; mean +- standard error over seeds"
+        )
     for entry in several:
         found = entry["ahead_of_seeds"]
         error = np.std(found, ddof=1) / np.sqrt(len(found))
@@ -131,29 +134,71 @@ def print_course(lines: list[dict[str, Any]], level: float = 0.9) -> None:
     cells = {(line["row"], line["seed"]): line for line in lines}
     shortest = "instruct"
     print(
-        f"\nOn the way: sampled tokens to {level:.0%} of the gain (mean over domains); shares of tokens and gradient of"
+        f"\nOn the way: sampled tokens to {level:.0%} of the gain (mean over domains; the curve's best rising fit) [95 %]"
+        " (seeds), and as a share of those of Mix-RL; shares of tokens and gradient of"
         f" {shortest}, the domain of the shortest answers; share of its gain"
     )
-    for name, label in LABELS.items():
-        own = [line for line in lines if line["row"] == name and "curve" in line]
-        own = [line for line in own if all((row, line["seed"]) in cells for row in ("sft", "teachers"))]
-        if not own:
-            continue
+    watched = {
+        name: [
+            line
+            for line in lines
+            if line["row"] == name
+            and "curve" in line
+            and all((row, line["seed"]) in cells for row in ("sft", "teachers"))
+        ]
+        for name in LABELS
+    }
+    draws = {name: draw_tokens_to(level, own, cells) for name, own in watched.items() if own}
+    for name, means in draws.items():
+        own = watched[name]
         reached = [tokens_to(level, *gain_over_tokens(line, cells)) for line in own]
         found = [tokens for tokens in reached if tokens is not None]
-        text = (
-            f"{np.mean(found) / 1e3:.0f} k ({', '.join(f'{tokens / 1e3:.0f}' for tokens in found)})"
-            if len(found) == len(own)
-            else f"{len(found)} of {len(own)} reach it"
-        )
+        text = f"{len(found)} of {len(own)} reach it"
+        if len(found) == len(own):
+            text = f"{np.mean(found) / 1e3:.0f} k {_ends(means, 1e-3, '.0f')}"
+            text += f" ({', '.join(f'{tokens / 1e3:.0f}' for tokens in found)})"
+            others = [line for line in watched["mix_rl"] if line["seed"] in {line["seed"] for line in own}]
+            theirs = [tokens_to(level, *gain_over_tokens(line, cells)) for line in others]
+            if name != "mix_rl" and len(others) == len(own) and None not in theirs:
+                beside = draw_tokens_to(level, others, cells)
+                text += f"  {np.mean(found) / np.mean(theirs):.2f} {_ends(means / beside, 1, '.2f')}"  # type: ignore[arg-type]
         share = [line["normalised"][shortest] for line in own]
         errors = [line["target_error"] for line in own if "target_error" in line]
         print(
-            f"{label:<42}{text:>22}   tokens {np.mean([line['share_tokens'][shortest] for line in own]):.3f}"
+            f"{LABELS[name]:<30}{text:<54}  tokens {np.mean([line['share_tokens'][shortest] for line in own]):.3f}"
             f"   gradient {np.mean([line['share_gradient'][shortest] for line in own]):.3f}"
             f"   gain {'-' if None in share else f'{np.mean(share):.2f}'}"
             + (f"   largest |weight share - target| {max(errors):.1e}" if errors else "")
         )
+
+
+def _ends(draws: np.ndarray, scale: float, form: str) -> str:
+    low, high = np.percentile(draws, [2.5, 97.5]) * scale
+    return f"[{low:{form}}, {high:{form}}]"
+
+
+def draw_tokens_to(
+    level: float,
+    own: list[dict[str, Any]],
+    cells: dict[tuple[str, int], dict[str, Any]],
+    num_draws: int = 1000,
+) -> np.ndarray:
+    """Draws [num_draws] of the mean over ``own`` of `tokens_to`: every accuracy of a curve is drawn anew from as many
+    answers as it was measured on. A draw that does not get there counts with the last point."""
+    rng = np.random.default_rng(0)
+    means = np.zeros(num_draws)
+    for line in own:
+        base, gains = _scale(line, cells, DOMAINS)
+        tokens = line["curve"]["tokens"]
+        count = line["curve"].get("num_prompts", len(next(iter(line["per_prompt"].values()))))
+        accuracy = np.array([line["curve"]["accuracy"][d] for d in DOMAINS])
+        drawn = rng.binomial(count, accuracy, size=(num_draws, *accuracy.shape)) / count
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = ((drawn - base[:, None]) / gains[:, None]).mean(axis=1)  # [draws, points]
+        for draw, values in enumerate(shares.tolist()):
+            found = tokens_to(level, tokens, values)
+            means[draw] += (tokens[-1] if found is None else found) / len(own)
+    return means
 
 
 def gain_over_tokens(
@@ -161,26 +206,49 @@ def gain_over_tokens(
 ) -> tuple[list[int], list[float]]:
     """Sampled tokens, and the share of the teachers' gain at that point, mean over ``domains``. SFT and teachers count on
     the prompts that the curve was measured on, the first of each domain."""
+    base, gains = _scale(line, cells, domains)
+    accuracy = np.array([line["curve"]["accuracy"][d] for d in domains])
+    with np.errstate(divide="ignore", invalid="ignore"):  # without a gain there is no share
+        shares = (accuracy - base[:, None]) / gains[:, None]
+    return line["curve"]["tokens"], shares.mean(axis=0).tolist()
+
+
+def _scale(
+    line: dict[str, Any], cells: dict[tuple[str, int], dict[str, Any]], domains: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy of SFT, and what the teachers gained over it, on the prompts that the curve was measured on [domains]."""
     num_prompts = line["curve"].get("num_prompts")
     sft, teachers = (
-        {d: np.mean(cells[row, line["seed"]]["per_prompt"][d][:num_prompts]) for d in domains}
+        np.array([np.mean(cells[row, line["seed"]]["per_prompt"][d][:num_prompts]) for d in domains])
         for row in ("sft", "teachers")
     )
-    with np.errstate(divide="ignore", invalid="ignore"):  # without a gain there is no share
-        gains = {d: np.float64(teachers[d] - sft[d]) for d in domains}
-        shares = [(np.array(line["curve"]["accuracy"][d]) - sft[d]) / gains[d] for d in domains]
-    return line["curve"]["tokens"], list(map(float, np.mean(shares, axis=0)))
+    return sft, teachers - sft
 
 
 def tokens_to(level: float, tokens: list[int], shares: list[float]) -> float | None:
-    """Tokens at which the polyline first reaches ``level``; None if it does not."""
-    for i, share in enumerate(shares):
+    """Tokens at which the best rising fit of the curve reaches ``level``, between its points on a line; None if it does
+    not. The curve itself is noisy: its first crossing would be the earlier the more noise it has."""
+    fit = rising(shares)
+    for i, share in enumerate(fit):
         if share >= level:
             if i == 0:
                 return float(tokens[0])
-            part = (level - shares[i - 1]) / (share - shares[i - 1])
+            part = (level - fit[i - 1]) / (share - fit[i - 1])
             return tokens[i - 1] + part * (tokens[i] - tokens[i - 1])
     return None
+
+
+def rising(values: list[float]) -> list[float]:
+    """The non-decreasing sequence with the least squared distance to ``values`` (isotonic regression): neighbours that
+    fall are pooled until none do."""
+    blocks: list[tuple[float, int]] = []  # mean, count
+    for value in values:
+        mean, count = value, 1
+        while blocks and blocks[-1][0] > mean:
+            former, number = blocks.pop()
+            mean, count = (mean * count + former * number) / (count + number), count + number
+        blocks.append((mean, count))
+    return [mean for mean, count in blocks for _ in range(count)]
 
 
 def draw(path: Path, table: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
@@ -253,14 +321,18 @@ def draw_course(path: Path, lines: list[dict[str, Any]]) -> bool:
     return True
 
 
-def show(results: Path) -> None:
-    """Table and picture from the lines alone; of a cell that is there twice the later one counts."""
+def show(results: Path, seeds: list[int] | None = None, against: str = "mopd") -> None:
+    """Table and picture from the lines alone; of a cell that is there twice the later one counts. With ``seeds``, those
+    alone, and no picture."""
     lines = list({(line["row"], line["seed"]): line for line in read_jsonl(results)}.values())
-    table = summarise(lines)
-    print_table(table)
-    print_seeds(table)
+    lines = [line for line in lines if seeds is None or line["seed"] in seeds]
+    table = summarise(lines, against)
+    print_table(table, against)
+    print_seeds(table, against)
     print_course(lines)
     print("commits: " + ", ".join(sorted({line.get("commit") or "unknown" for line in lines})))
+    if seeds is not None:
+        return
     if draw_course(results.with_name(results.stem + "_course.png"), lines):
         print(f"picture: {results.with_name(results.stem + '_course.png')}")
     draw(results.with_suffix(".png"), table, lines)

@@ -103,16 +103,17 @@ class Engines:
     def rollouts(
         self, cfg: RolloutConfig, model: ModelConfig, environments: dict[str, Any], seed: int
     ) -> RolloutPool:
-        """Rollout workers for models of this shape. Whoever asked pushes the weights before generating."""
+        """Rollout workers for models of this shape, whose random numbers begin at ``seed`` whether or not they were used
+        before. Whoever asked pushes the weights before generating."""
         from rollout.pool import RolloutPool
 
         key = (_architecture(model.path), _without_path(model), asdict(cfg), environments)
-        if self._rollouts is not None and self._rollouts_key == key:
-            return self._rollouts
-        if self._rollouts is not None:
-            self._rollouts.shutdown()
-        self._rollouts = RolloutPool.start(cfg, model, environments, seed)
-        self._rollouts_key = key
+        if self._rollouts is None or self._rollouts_key != key:
+            if self._rollouts is not None:
+                self._rollouts.shutdown()
+            self._rollouts = RolloutPool.start(cfg, model, environments, seed)
+            self._rollouts_key = key
+        self._rollouts.reseed(seed)
         return self._rollouts
 
     def rewards(self, cfg: dict[str, Any], workers: RewardWorkerConfig, domains: list[str]) -> RewardPool:

@@ -278,15 +278,21 @@ class PolicyLoop:
         Raises:
             UserError: one of the first teachers is wrong, and `teacher_workers.accept` does not name the gate.
         """
-        by_domain: dict[str, list[Any]] = defaultdict(list)
+        by_domain: dict[str, list[tuple[int, Any, int]]] = defaultdict(list)
         for collected in wave.done:
-            domain, status = collected.summary.domain, collected.summary.statuses[0]
-            is_wanted = domain in teachers.unchecked and len(by_domain[domain]) < NUM_TEXTS
-            if status in TRAINABLE and is_wanted and collected.summary.num_loss_tokens[0] > 0:
-                by_domain[domain].append(collected.ref)
-        samples = {
-            domain: [group.rollouts[0] for group in ray.get(refs)] for domain, refs in by_domain.items()
-        }
+            summary = collected.summary
+            if summary.domain in teachers.unchecked:
+                usable = [
+                    i
+                    for i, status in enumerate(summary.statuses)
+                    if status in TRAINABLE and summary.num_loss_tokens[i] > 0
+                ]
+                by_domain[summary.domain] += [(n, collected.ref, i) for n, i in enumerate(usable)]
+        samples = {}
+        for domain, found in by_domain.items():  # of as many prompts as there are, then more of each
+            chosen = sorted(found, key=lambda entry: entry[0])[:NUM_TEXTS]
+            groups = ray.get([ref for _, ref, _ in chosen])
+            samples[domain] = [group.rollouts[i] for group, (_, _, i) in zip(groups, chosen, strict=True)]
         scores = {c.summary.domain: c.teacher_ref for c in wave.done}
         for domain in teachers.check(samples, wave.step, scores):
             self.score_teachers([c for c in wave.done if c.summary.domain == domain])

@@ -3,7 +3,8 @@
 `average` is the mean; `task_arithmetic` adds weighted differences to a common base (Ilharco et al., arXiv:2212.04089).
 Streams tensor by tensor over safetensors files: memory holds one output shard, whatever the number of checkpoints.
 Sums in float32 (float64 tensors in float64) and stores each tensor in its former type. An expert bias is merged as the
-router that it belongs to. Refuses checkpoints whose tensors differ in name or shape, and integer tensors that differ.
+router that it belongs to. Refuses checkpoints whose tensors differ in name or shape or whose config.json computes otherwise,
+quantized ones (a mean of codes is no mean of weights), and integer tensors that differ.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING
 
 from posttrain.config import UserError
 from teachers.checkpoint import INDEX_NAME, TensorEntry, locate, read_config, read_tensors
+from teachers.settings import differences
 
 if TYPE_CHECKING:
     import torch
 
+MERGED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
@@ -49,9 +52,22 @@ def task_arithmetic(base: str, paths: list[str], coefficients: Sequence[float], 
 
 def check_layout(sources: dict[str, str]) -> list[dict[str, TensorEntry]]:
     """Tensors of every checkpoint (config key -> path). Raises `UserError` naming the key when files are missing or
-    damaged, or when names or shapes are not those of the first."""
+    damaged, when one is quantized, or when names, shapes or what decides in config.json are not those of the first."""
     checkpoints = [read_tensors(locate(path, key), key) for key, path in sources.items()]
-    first_path, first = next(iter(sources.values())), checkpoints[0]
+    (first_key, first_path), first = next(iter(sources.items())), checkpoints[0]
+    for (key, path), tensors in zip(sources.items(), checkpoints, strict=True):
+        packed = next((name for name, entry in tensors.items() if entry.dtype not in MERGED), None)
+        if packed is not None or "quantization_config" in read_config(locate(path, key), key):
+            which = "config.json has a quantization_config"
+            if packed is not None:
+                which = f"{packed!r} is of type {tensors[packed].dtype}"
+            raise UserError(f"{key}={path!r}: {which}; quantized weights cannot be merged, give whole ones")
+        deciding, _ = differences(locate(path, key), locate(first_path, first_key))
+        if deciding:
+            raise UserError(
+                f"{key}={path!r}: its config.json has {deciding[0].replace('(student ', f'({first_path!r} has ')}; merge"
+                " checkpoints that compute in one way"
+            )
     for (key, path), other in zip(sources.items(), checkpoints, strict=True):
         alone = sorted(set(first) ^ set(other))
         if alone:

@@ -67,8 +67,9 @@ def processes(cfg: RunConfig, num_parameters: int | None) -> list[Processes]:
             )
         )
         if cfg.rewards:
-            found.append(Processes(name="rewards", count=1, cores=1, gpus=0, gib=0.3))
-    if isinstance(cfg, MOPDRun | PipelineRun):
+            count = cfg.reward_workers.num_workers
+            found.append(Processes(name="rewards", count=count, cores=1, gpus=0, gib=0.3 * count))
+    if isinstance(cfg, PipelineRun) or (isinstance(cfg, MOPDRun) and cfg.algorithm.beta != 0):
         teachers = cfg.teacher_workers
         cores = teachers.cores_per_worker or len(os.sched_getaffinity(0))
         count = sum(teacher_processes(cfg).values())

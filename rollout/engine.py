@@ -119,6 +119,10 @@ def _set_random_state(worker: Any, states: list[list[np.ndarray]]) -> None:
         setter(torch.from_numpy(state.copy()))
 
 
+def _reseed(worker: Any, seed: int) -> None:
+    torch.manual_seed(seed)  # of all devices
+
+
 class Engine:
     """A vLLM engine with versioned weights. Raises `UserError` for options that vLLM does not have."""
 
@@ -229,6 +233,10 @@ class Engine:
     def set_random_state(self, states: list[list[np.ndarray]]) -> None:
         """Sample on as if nothing had been drawn since `random_state`."""
         self.vllm.collective_rpc(_set_random_state, args=(states,))
+
+    def reseed(self, seed: int) -> None:
+        """Sample without a seed from here on as another engine does after the same call."""
+        self.vllm.collective_rpc(_reseed, args=(seed,))
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor that the model computes with, see `rollout.weights.engine_tensors`."""

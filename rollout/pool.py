@@ -227,6 +227,11 @@ class RolloutPool:
         for worker, state in zip(self._workers, states, strict=True):
             self._ask(worker.index, "set_random_state", state)
 
+    def reseed(self, seed: int) -> None:
+        """What is sampled without a seed from here on depends on ``seed`` and no longer on what was sampled before."""
+        for worker in self._workers:
+            self._ask(worker.index, "reseed", seed)
+
     def tensors(self, worker: int = 0) -> dict[str, np.ndarray]:
         """Every tensor that one engine computes with, packed layouts included; bfloat16 as its int16 bits."""
         return self._ask(worker, "tensors")

@@ -140,6 +140,10 @@ class RolloutWorker:
         """See `rollout.engine.Engine.set_random_state`."""
         await self._on_engine_thread(self._engine.set_random_state, states)
 
+    async def reseed(self, seed: int) -> None:
+        """See `rollout.engine.Engine.reseed`; every worker draws other numbers."""
+        await self._on_engine_thread(self._engine.reseed, seed + self._index)
+
     async def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor of the engine, for the proof of a weight update."""
         return await self._on_engine_thread(self._engine.tensors)

@@ -90,6 +90,11 @@ def teacher_fingerprint(teacher: Teacher) -> str:
     return f"{base}+{adapter_fingerprint(teacher.adapter, f'{teacher.key}.adapter')}"
 
 
+def key_of(teacher: Teacher) -> str:
+    """By which pool and workers know a teacher: the same for the same weights behind the same back end."""
+    return f"{teacher.backend.value}:{teacher_fingerprint(teacher)}"
+
+
 def _is_readable(rows: list[GateRow], domain: str) -> bool:
     return not any(
         row.domain == domain and row.gate in UNLOADABLE and row.verdict is Verdict.red for row in rows

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
-from teachers.check import teacher_fingerprint
+from teachers.check import key_of
 from teachers.checkpoint import locate
 from teachers.fingerprint import num_bytes
 from teachers.teacher import Teacher
@@ -90,7 +90,7 @@ class TeacherPool:
             domain: Teacher(key=f"teachers.{domain}", path=teacher) if isinstance(teacher, str) else teacher
             for domain, teacher in teachers.items()
         }
-        keys = {domain: _key(teacher) for domain, teacher in resolved.items()}
+        keys = {domain: key_of(teacher) for domain, teacher in resolved.items()}
         loaded: dict[str, Teacher] = {}
         for domain, teacher in resolved.items():
             loaded.setdefault(keys[domain], _located(teacher))
@@ -226,10 +226,6 @@ class TeacherPool:
         )
         index, self._num_started = self._num_started, self._num_started + 1
         return _Worker(actor=actor.remote(self._cfg, self._model, index, has_engine))
-
-
-def _key(teacher: Teacher) -> str:
-    return f"{teacher.backend.value}:{teacher_fingerprint(teacher)}"
 
 
 def _located(teacher: Teacher) -> Teacher:

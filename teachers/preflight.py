@@ -266,6 +266,13 @@ class _Gates:
                 f"{report.untouched} the student's own, bit by bit, while others are not",
                 "right where they were frozen; otherwise a shard is of the wrong checkpoint",
             )
+        if report.unlike is not None:
+            return self._warn(
+                "weights",
+                "a vector is another",
+                f"{report.unlike} is not the student's, while the matrices are",
+                "right where a balancing rule or a long training moved it; otherwise it is of the wrong checkpoint",
+            )
         if report.not_read:
             return self._warn(
                 "weights",

@@ -77,6 +77,7 @@ class WeightReport:
     not_read: list[str] = field(default_factory=list)  # of quantized types
     broken: str | None = None  # the first tensor that is wrong, in words
     untouched: str | None = None  # parts that are the student's, in words, where others are not
+    unlike: str | None = None  # a vector that is not the student's, in words, where the matrices are
 
 
 def compare_weights(
@@ -129,6 +130,8 @@ def compare_weights(
         report.broken = report.broken or next(
             (w for gap in gaps if (w := _strange(gap, report.cosine, distance))), None
         )
+        if report.cosine >= SAME_COSINE:
+            report.unlike = next((words for gap in gaps if (words := _unlike(gap))), None)
     return report
 
 
@@ -252,6 +255,13 @@ def _strange(gap: TensorGap, cosine: float, distance: float) -> str | None:
     if is_norm and gap.num_read >= MIN_COUNT and (moved := _moved(gap)) > max(NORM_DISTANCE, distance):
         return f"{gap.name} is not the student's (moved by {moved:.2f} of its length) {rest}"
     return None
+
+
+def _unlike(gap: TensorGap) -> str | None:
+    """A bias, of experts or of an attention, or sinks: training may move them far, so that this is a doubt and no proof."""
+    if gap.is_matrix or "norm" in gap.name or gap.cosine is None or gap.num_read < MIN_COUNT:
+        return None
+    return f"{gap.name} (cosine {gap.cosine:.2f})" if gap.cosine < ROW_COSINE else None
 
 
 def _moved(gap: TensorGap) -> float:

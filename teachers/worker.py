@@ -52,7 +52,11 @@ class TeacherWorker:
         self.backends: dict[str, Backend] = {}  # by key of the base: a path may come to hold other weights
         context = ray.get_runtime_context() if ray.is_initialized() else None
         # Outside of an actor Ray does not answer the second question.
-        if context is not None and context.get_actor_id() and context.was_current_actor_reconstructed:
+        self.was_restarted = bool(
+            context is not None and context.get_actor_id() and context.was_current_actor_reconstructed
+        )
+        self._known: set[str] = set()  # keys whose files were compared after a restart
+        if self.was_restarted:
             logger.warning("teacher worker was restarted; it loads its teachers again")
 
     def set_teachers(self, teachers: dict[str, Teacher], signal: str = "sampled") -> dict[str, Any]:
@@ -142,6 +146,9 @@ class TeacherWorker:
     def _backend(self, key: str, teacher: Teacher) -> Backend:
         """What scores as ``teacher``, loaded if it is not here, with its adapter put on."""
         base = base_of(key)
+        if self.was_restarted and key not in self._known:
+            _check_files(key, teacher)
+            self._known.add(key)
         if base not in self.backends:
             self.backends[base] = self._open(teacher)
         backend = self.backends[base]
@@ -165,6 +172,17 @@ class TeacherWorker:
         from teachers.scorer import Scorer
 
         return Scorer(teacher.path, self.model, self.cfg.dtype, self.device, self.cfg.head_dtype)
+
+
+def _check_files(key: str, teacher: Teacher) -> None:
+    """Raises `UserError` when the files are no longer those that ``key`` was made of, before the run began to use them."""
+    from teachers.check import key_of
+
+    if key_of(teacher) != key:
+        raise UserError(
+            f"{teacher.key}.path={teacher.name!r}: its worker was restarted and the files have changed in place since this"
+            " run took them; put them back, and give a new teacher a folder of its own"
+        )
 
 
 def base_of(key: str) -> str:

@@ -16,6 +16,9 @@ class SFTAlgorithm:
     """Optimizer steps."""
     batch_size: int = 128
     """Conversations per step, over all ranks."""
+    aggregation: Aggregation = Aggregation.token_mean
+    """token_mean: every loss token of a batch weighs the same, so that long conversations have most of the gradient;
+    seq_mean: every conversation does; token_mean_balanced: every domain has its share of the conversations."""
     max_tokens: int = 2048
     """Longer conversations are refused (or skipped, see data.on_bad_row)."""
     validate_every: int = 0
@@ -28,6 +31,12 @@ class SFTAlgorithm:
     def __post_init__(self) -> None:
         require_at_least(1, "algorithm", self, "steps", "batch_size", "max_tokens", "early_stop_patience")
         require_at_least(0, "algorithm", self, "validate_every")
+        require(
+            self.aggregation is not Aggregation.constant,
+            "algorithm.aggregation",
+            self.aggregation.value,
+            "choose token_mean, seq_mean or token_mean_balanced",
+        )
         require(
             self.early_stop_patience is None or self.validate_every > 0,
             "algorithm.early_stop_patience",

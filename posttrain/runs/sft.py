@@ -8,7 +8,7 @@ from dataclasses import replace
 import ray
 
 from posttrain.clock import Clock
-from posttrain.config import SFTRun, UserError
+from posttrain.config import Aggregation, SFTRun, UserError
 from posttrain.data.sources import load_conversations, sources_of
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
@@ -20,6 +20,7 @@ from posttrain.scheduler import Scheduler
 from posttrain.tracking import Tracker
 from posttrain.tracking.jsonl import read_jsonl
 from posttrain.validation import Validation
+from posttrain.weighting import token_weights
 
 
 def run(cfg: SFTRun, engines: Engines | None = None) -> str:
@@ -65,7 +66,9 @@ def run(cfg: SFTRun, engines: Engines | None = None) -> str:
                 scheduler.trained(d.group_id for d in drawn)
                 with clock("train"):
                     loss = LossSettings(kind="sft", max_loss=monitor.max_loss)
-                    metrics = learner.train_step(batch([d.item for d in drawn]), loss, step)
+                    metrics = learner.train_step(
+                        batch([d.item for d in drawn], cfg.algorithm.aggregation), loss, step
+                    )
                 with clock("validate"):
                     metrics |= validation.metrics(step)
                 if validation.stop:
@@ -112,17 +115,20 @@ def held_out(cfg: SFTRun) -> list[SampleRef]:
     return batch(load_conversations(cfg.data, tokenizer, max_tokens, eval=True, domain=cfg.domain))
 
 
-def batch(samples: list[TrainingSample]) -> list[SampleRef]:
-    """One step's samples in one object; every loss token of the global batch weighs the same."""
-    num_loss_tokens = sum(int(s.loss_mask.sum()) for s in samples)
+def batch(
+    samples: list[TrainingSample], aggregation: Aggregation = Aggregation.token_mean
+) -> list[SampleRef]:
+    """One step's samples in one object, each with the weight of its loss tokens in the global batch."""
+    counts = [int(sample.loss_mask.sum()) for sample in samples]
+    weighting = token_weights(counts, [sample.domain for sample in samples], aggregation)
     ref = ray.put(samples)
     return [
         SampleRef(
             source_ref=ref,
             index=i,
             num_tokens=len(sample.token_ids),
-            weight=1.0 / max(num_loss_tokens, 1),
+            weight=weight,
             domain=sample.domain,
         )
-        for i, sample in enumerate(samples)
+        for i, (sample, weight) in enumerate(zip(samples, weighting.weights.tolist(), strict=True))
     ]

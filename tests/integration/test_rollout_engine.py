@@ -286,6 +286,25 @@ def samples_around_an_evaluation(path: str, keep: bool) -> list[list[int]]:
     return taken
 
 
+def samples_after_reseeding(path: str, seeds: list[int]) -> list[list[list[int]]]:
+    engine, taken = make_engine(path, Dtype.float32), []
+    for seed in seeds:
+        engine.reseed(seed)
+        for i in range(4):
+            add(engine, f"train {i}", max_tokens=12, token_ids=[5, 6, 7 + i])
+        taken.append([r.token_ids.tolist() for _, r in sorted(finish(engine).items())])
+    return taken
+
+
+def test_a_used_engine_samples_as_a_fresh_one_after_reseeding(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = str(tiny_qwen3_moe(tmp_path / "model"))
+    first, other, again = run(samples_after_reseeding, path, [3, 4, 3])
+    assert first == again != other
+    assert run(samples_after_reseeding, path, [3]) == [first]
+
+
 def test_an_evaluation_leaves_the_random_numbers_of_training_alone(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:

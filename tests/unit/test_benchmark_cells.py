@@ -22,18 +22,24 @@ def _poll(monkeypatch):
     monkeypatch.setattr(cells, "POLL_S", 0.01)
 
 
+def read(results: Path) -> list[str]:
+    return results.read_text().splitlines() if results.exists() else []
+
+
 def done(results: Path) -> list[tuple[str, int]]:
-    lines = results.read_text().splitlines() if results.exists() else []
-    return [(line.split()[0], int(line.split()[1])) for line in lines]
+    return [(line.split()[0], int(line.split()[1])) for line in read(results)]
 
 
-def work(folder: Path, job: int, die_at: tuple[str, int] | None = None) -> None:
+def work(folder: Path, job: int, die_at: tuple[str, int] | None = None, wait_for: int | None = None) -> None:
     results = folder / "results"
     for cell in take(CELLS, needs, lambda: done(results), folder / "claims"):
         if cell == die_at:
             (folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.02)
+        if wait_for is not None:  # hold the first cell until another process has made one
+            while not any(line.endswith(f" {wait_for}") for line in read(results)):
+                time.sleep(0.01)
+            wait_for = None
         with locked(folder / "lock"), results.open("a") as stream:
             stream.write(f"{cell[0]} {cell[1]} {job}\n")
 
@@ -51,13 +57,12 @@ def check_order(made: list[tuple[str, int]]) -> None:
 
 
 def test_two_processes_make_every_cell_once_and_in_order(tmp_path):
-    processes = [start(tmp_path, job) for job in range(2)]
+    processes = [start(tmp_path, 0, wait_for=1), start(tmp_path, 1)]
     for process in processes:
-        process.join(30)
+        process.join(60)
         assert process.exitcode == 0
     check_order(done(tmp_path / "results"))
-    jobs = {line.split()[2] for line in (tmp_path / "results").read_text().splitlines()}
-    assert jobs == {"0", "1"}, "both had something to do"
+    assert {line.split()[2] for line in read(tmp_path / "results")} == {"0", "1"}
 
 
 def test_the_cell_of_a_killed_process_is_made_by_another(tmp_path):

@@ -11,7 +11,16 @@ import pytest
 from benchmarks import mopd, mopd_models
 from benchmarks.mopd import ROWS, choose
 from benchmarks.mopd_models import SIZES, Seed
-from benchmarks.mopd_table import DOMAINS, LABELS, gain_over_tokens, print_table, show, summarise, tokens_to
+from benchmarks.mopd_table import (
+    DOMAINS,
+    LABELS,
+    gain_over_tokens,
+    print_table,
+    rising,
+    show,
+    summarise,
+    tokens_to,
+)
 from posttrain.runs.evaluate import Scores
 
 
@@ -78,12 +87,59 @@ def test_tokens_to_a_level_by_hand(tmp_path, capsys):
     assert of_its_prompts == pytest.approx([-0.2, 0.2, 0.8]), "SFT 40 of the first 80, teachers all of them"
     assert tokens_to(0.7, tokens, gains) == pytest.approx(150)
     assert tokens_to(0.0, tokens, gains) == 0 and tokens_to(1.1, tokens, gains) is None
+    assert tokens_to(0.5, [0, 1, 2, 3], [0.0, 0.6, 0.2, 0.8]) == pytest.approx(2.25), "not at the first peak"
     file = tmp_path / "mopd.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*LINES[:4], student]))
     show(file)
     printed = capsys.readouterr().out
     assert "tokens 0.250   gradient 0.250   gain 0.80   largest |weight share - target| 1.0e-07" in printed
     assert (tmp_path / "mopd_course.png").stat().st_size > 1000
+
+
+def test_the_rising_fit_has_the_least_squares():
+    assert rising([0.0, 0.6, 0.2, 0.8]) == pytest.approx([0.0, 0.4, 0.4, 0.8])
+    assert rising([3.0, 2.0, 1.0]) == pytest.approx([2.0] * 3) and rising([1.0, 2.0]) == [1.0, 2.0]
+    rng = np.random.default_rng(0)
+    values = list(rng.normal(size=12))
+    fit = np.array(rising(values))
+    assert (np.diff(fit) >= 0).all()
+    best = ((fit - values) ** 2).sum()
+    for _ in range(200):  # no rising sequence nearby is closer
+        other = np.maximum.accumulate(fit + rng.normal(0, 0.1, 12))
+        assert ((other - values) ** 2).sum() >= best - 1e-12
+
+
+def test_a_seed_alone_and_another_row_to_compare_with(tmp_path, capsys):
+    file = tmp_path / "mopd.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*LINES, line("average", 0, 0.7, 0.6)]))
+    show(file, seeds=[0], against="average")
+    printed = capsys.readouterr().out
+    row = next(text for text in printed.splitlines() if text.startswith("MOPD "))
+    assert "parameter average - row" in printed and " -0.20 [" in row and row.endswith(" 1")
+    assert not (tmp_path / "mopd.png").exists()
+
+
+def test_choices_that_lines_were_made_with_hold_in_a_new_work_folder(tmp_path):
+    results, work = tmp_path / "results" / "mopd.jsonl", tmp_path / "work"
+    results.parent.mkdir()
+    results.with_name("mopd_chosen.json").write_text('{"mopd": {"value": 5e-4}}')
+    mopd.take_over_choices(work, results)
+    assert mopd.read_choices(work / "chosen.json") == {}, "no line was made with them"
+    results.write_text(json.dumps(LINES[0]) + "\n")
+    mopd.take_over_choices(work, results)
+    assert mopd.add_choices(work / "chosen.json", {"mix_rl": {"value": 2e-4}})["mopd"] == {"value": 5e-4}
+    mopd.append(LINES[1], work / "chosen.json", results)
+    assert set(mopd.read_choices(results.with_name("mopd_chosen.json"))) == {"mopd", "mix_rl"}
+    (work / "chosen.json").write_text('{"mopd": {"value": 3e-4}}')
+    with pytest.raises(SystemExit, match=r"mopd is 0\.0003, and the lines of .* were made with 0\.0005"):
+        mopd.take_over_choices(work, results)
+
+
+def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path):
+    results = tmp_path / "mopd.jsonl"
+    results.write_text(json.dumps(LINES[0]) + "\n" + json.dumps(LINES[1])[:40])
+    mopd.append(LINES[2], tmp_path / "chosen.json", results)
+    assert mopd.finished(results) == {("sft", 0), ("teachers", 0)}
 
 
 def test_pairs_share_their_prompts():
@@ -206,6 +262,18 @@ def test_runs_of_a_seed(tmp_path, monkeypatch):
         run = seen[f"seed3/oracle-0.0003/{domain}"]
         assert path == f"/model of {run.name}" and run.domain == domain and list(run.teachers) == [domain]
         assert run.algorithm.prompts_per_step * len(DOMAINS) == s.cfg.mopd.algorithm.prompts_per_step
+
+    for domain in DOMAINS:
+        (tmp_path / f"{domain}.jsonl").write_text("{}\n" * 480)
+    monkeypatch.setattr(
+        mopd_models, "sample", type("M", (), {"run": lambda cfg, _: str(tmp_path / f"{cfg.domain}.jsonl")})
+    )
+    s.off_policy(1e-3)
+    s.off_policy(1e-3, seq_mean=True)
+    plain, own = (seen[f"seed3/off_policy-{kind}-0.001"] for kind in ("all", "seq_mean"))
+    assert plain.algorithm.aggregation == "token_mean" and own.algorithm.aggregation == "seq_mean"
+    assert plain.data == own.data and plain.algorithm.steps == own.algorithm.steps == 2 * 4 * 480 // 96
+    assert own.learner.expert_bias_rate == own.learner.aux_loss_coef == 0.0
 
     s.student(3e-4, "mopd.algorithm.aggregation=token_mean")
     assert seen["seed3/mopd-token_mean-0.0003"].algorithm.aggregation == "token_mean"

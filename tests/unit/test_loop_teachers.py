@@ -181,3 +181,31 @@ def test_heads_follow_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     events = [e["kind"] for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"].startswith("teacher_")]
     assert events == ["teacher_swap", "teacher_swap", "teacher_swap_refused"]
     assert worker.fetched.count("student") == 1, "a head that stays is not fetched again"
+
+
+def test_every_member_of_a_group_may_show_what_a_teacher_says(monkeypatch):
+    """Of every prompt first, then more of each; a failed first member hides no teacher."""
+    monkeypatch.setattr("posttrain.loop.ray.get", lambda refs: refs)
+    ok, failed, cut = RolloutStatus.completed, RolloutStatus.environment_error, RolloutStatus.truncated
+
+    def group(name: str, domain: str, statuses: list[RolloutStatus], counts: list[int]) -> Any:
+        rollouts = [f"{name}{i}" for i in range(len(statuses))]
+        summary = SimpleNamespace(domain=domain, statuses=statuses, num_loss_tokens=counts)
+        return SimpleNamespace(summary=summary, ref=SimpleNamespace(rollouts=rollouts), teacher_ref=name)
+
+    done = [
+        group("a", "math", [failed, ok, cut], [3, 3, 3]),
+        group("b", "math", [ok, ok], [3, 0]),
+        group("c", "math", [failed, failed], [3, 3]),
+        group("d", "code", [failed, ok], [2, 2]),
+        group("e", "tool", [ok], [2]),
+        *(group(f"f{i}-", "many", [ok] * 8, [1] * 8) for i in range(20)),
+    ]
+    asked: dict[str, list[str]] = {}
+    teachers = SimpleNamespace(
+        unchecked={"math", "code", "many"}, check=lambda samples, *_: asked.update(samples) or []
+    )
+    PolicyLoop.check_teachers(SimpleNamespace(), SimpleNamespace(done=done, step=1), teachers)  # type: ignore[arg-type]
+    many = asked.pop("many")
+    assert asked == {"math": ["a1", "b0", "a2"], "code": ["d1"]}
+    assert len(many) == 32 and many[:20] == [f"f{i}-0" for i in range(20)] and many[20] == "f0-1"

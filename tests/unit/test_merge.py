@@ -120,6 +120,31 @@ def test_integer_tensors_must_agree(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
+    """Codes and scales averaged apart are not the mean of the weights."""
+    whole = checkpoint(tmp_path / "x", {"w": torch.ones(4, 4)})
+    codes = checkpoint(tmp_path / "y", {"w": torch.ones(4, 4).to(torch.float8_e4m3fn)})
+    with pytest.raises(UserError, match=r"^models\.1=.*/y': 'w' is of type F8_E4M3; quantized"):
+        average([whole, codes], str(tmp_path / "out"))
+    (tmp_path / "x" / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    with pytest.raises(UserError, match=r"^models\.0=.*/x': config\.json has a quantization_config"):
+        average([whole], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_compute_otherwise_are_refused(tmp_path: Path) -> None:
+    paths = [checkpoint(tmp_path / name, {"w": torch.ones(2)}) for name in "xyz"]
+    for name, theta in (("x", 1e4), ("y", 1e6), ("z", 1e4)):
+        content = {"model_type": "unknown", "rope_theta": theta, "use_cache": name == "x"}
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    with pytest.raises(
+        UserError,
+        match=r"^models\.1=.*/y': its config\.json has rope.rope_theta=1000000.0 \('.*/x' has 10000",
+    ):
+        average(paths, str(tmp_path / "out"))
+    average([paths[0], paths[2]], str(tmp_path / "out"))
+
+
 def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "x", {"a": torch.zeros(3)})
     with pytest.raises(UserError, match=r"^out=.*is there already"):

@@ -22,6 +22,7 @@ from posttrain.config import (
     TeacherConfig,
     UserError,
 )
+from teachers.check import key_of
 from teachers.gates import Verdict, judge, stop_on_red
 from teachers.teacher import Teacher
 from tests.tiny_models import tiny_mimo, tiny_qwen3_moe, tiny_teacher
@@ -96,6 +97,20 @@ def test_a_bias_of_zeros_is_missed_in_a_teacher_of_the_students_origin_alone(tmp
     set_bias(foreign, 0.0)
     rows = judge(file_gates(str(student), {"code": teachers["code"]}, ["code"]), [])
     assert {row.gate for row in rows if row.verdict is Verdict.red} == {"weights", "foreign"}
+
+
+def test_a_bias_that_is_another_is_warned_of(tmp_path: Path) -> None:
+    student = tiny_mimo(tmp_path / "student", seed=1)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    edit(student, lambda tensors: tensors | {name: torch.linspace(-0.1, 0.1, 8)})
+    own = tiny_teacher(student, tmp_path / "own")
+    teachers = {"math": TeacherConfig(path=str(own))}
+    [row] = [r for r in file_gates(str(student), teachers, teachers) if r.gate == "weights"]
+    assert row.verdict is Verdict.ok
+    edit(own, lambda tensors: tensors | {name: tensors[name].flip(0)})
+    [row] = [r for r in file_gates(str(student), teachers, teachers) if r.gate == "weights"]
+    assert row.verdict is Verdict.warn
+    assert row.problem == f"{name} (cosine -1.00) is not the student's, while the matrices are"
 
 
 def test_a_teacher_of_another_size_is_not_compared(student: Path, tmp_path: Path) -> None:
@@ -251,11 +266,9 @@ def test_one_config_in_other_words_is_no_alarm(
 
 
 def test_equal_tensors_with_another_config_are_two_teachers(right: list[Path], tmp_path: Path) -> None:
-    from teachers.pool import _key
-
     other = right_with(tmp_path, right[3], "other")
     edit_json(other / "config.json", lambda c: c.update(num_experts_per_tok=1, transformers_version="1"))
     same = right_with(tmp_path, right[3], "same")
     edit_json(same / "config.json", lambda c: c.update(dtype="bfloat16", use_cache=False))
-    keys = [_key(Teacher(key="teachers.math", path=str(path))) for path in (right[3], other, same)]
+    keys = [key_of(Teacher(key="teachers.math", path=str(path))) for path in (right[3], other, same)]
     assert keys[0] == keys[2] != keys[1]

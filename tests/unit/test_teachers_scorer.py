@@ -19,6 +19,7 @@ from posttrain import logits as logits_module
 from posttrain.config import Dtype, ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
 from teachers import scorer as scorer_module
+from teachers.check import key_of
 from teachers.scorer import CALL_TOKENS, Scorer, TeacherScoreError, plan_batches
 from teachers.teacher import Teacher
 from teachers.worker import TeacherWorker
@@ -360,3 +361,19 @@ def test_a_back_end_without_a_head_refuses_full() -> None:
     expected = r"^algorithm\.signal='full': teachers\.d\.backend=vllm gives no hidden states"
     with pytest.raises(UserError, match=expected):
         worker.set_teachers({"key": teacher}, "full")
+
+
+def test_a_restarted_worker_refuses_files_that_changed_in_place(tmp_path):
+    first = tiny_dense(tmp_path / "teacher")
+    teacher = Teacher(key="teachers.d", path=str(first))
+    key = key_of(teacher)
+    worker = TeacherWorker(TeacherWorkerConfig(cores_per_worker=1), ModelConfig())
+    worker.was_restarted = True
+    assert worker.set_teachers({key: teacher})["paths"] == [str(first)]
+    shutil.rmtree(first)
+    tiny_dense(tmp_path / "teacher", seed=1)
+    worker = TeacherWorker(TeacherWorkerConfig(cores_per_worker=1), ModelConfig())
+    worker.was_restarted = True
+    with pytest.raises(UserError, match=r"^teachers\.d\.path=.* changed in place"):
+        worker.set_teachers({key: teacher})
+    assert worker.backends == {}
