@@ -51,6 +51,7 @@ RESULTS = Path(__file__).parent / "results" / "mopd.jsonl"
 RATES = (3e-4, 5e-4)
 TEACHER_RATES = (2e-4, 4e-4)
 RL_RATES = (2e-4, 4e-4)
+ORACLE_RATES = (2e-4, 5e-4)  # a quarter of the answers a step
 SFT_RATES = (3e-4, 1e-3, 2e-3)
 TUNING_SEED = 0
 TOP_K = "mopd.algorithm.top_k=8"  # the default of 64 would be most of the tiny vocabulary of 90
@@ -124,6 +125,12 @@ ROWS = {
             after="mopd",
         ),
         Row(
+            name="mix_rl_half_batch",  # as many answers a step as MOPD's student
+            make=lambda s, lr: s.mixed(lr, "mix_rl_half_batch", _budget(s), batch=0.5),
+            grid=RL_RATES,
+            after="mopd",
+        ),
+        Row(
             name="mix_rl_all",
             make=lambda s, lr: s.mixed(lr, "mix_rl_all", _budget(s, teachers=True)),
             grid=RL_RATES,
@@ -149,7 +156,7 @@ ROWS = {
             like="mopd",
             after="foreign_teachers",
         ),
-        Row(name="oracle", make=lambda s, lr: s.oracle(lr), like="mopd"),
+        Row(name="oracle", make=lambda s, lr: s.oracle(lr), grid=ORACLE_RATES),
         Row(name="round2", make=lambda s, lr: s.second_round(lr), like="mopd", rounds=2.3, after="mopd"),
     )
 }

@@ -185,12 +185,14 @@ class Seed:
         num_prompts = 8 if self.quick else CURVE_PROMPTS
         return replace(run, eval=replace(run.eval, every_steps=every, num_prompts=num_prompts))
 
-    def mixed(self, lr: float, name: str, tokens: float) -> str:
-        """RL on all domains at once, for as many steps as ``tokens`` pay for."""
+    def mixed(self, lr: float, name: str, tokens: float, batch: float = 1.0) -> str:
+        """RL on all domains at once, for as many steps as ``tokens`` pay for. ``batch``: prompts of a step, as a share of
+        those of the teachers' RL."""
         lengths = self.answer_lengths()
-        num_steps = self.num_steps(tokens, float(np.mean([lengths[d] for d in DOMAINS])))
+        num_steps = self.num_steps(tokens / batch, float(np.mean([lengths[d] for d in DOMAINS])))
         run = replace(pipeline.rl_config(self.cfg, DOMAINS[0], self.sft()), domain=None)
-        run = replace(run, algorithm=replace(run.algorithm, steps=num_steps))
+        num_prompts = round(batch * run.algorithm.prompts_per_step)
+        run = replace(run, algorithm=replace(run.algorithm, steps=num_steps, prompts_per_step=num_prompts))
         return self.train(rl, self.watched(run), f"{name}-{lr:g}", lr)
 
     def cascade(self, lr: float, tokens: float) -> str:

@@ -28,6 +28,7 @@ LABELS = {
     "foreign_teachers": "foreign teachers",
     "mopd_foreign": "MOPD, foreign teachers",
     "mix_rl": "Mix-RL, student's tokens",
+    "mix_rl_half_batch": "Mix-RL, half the batch",
     "mix_rl_all": "Mix-RL, teachers' tokens too",
     "cascade": "cascade RL",
     "off_policy": "off-policy distillation",

@@ -252,6 +252,10 @@ def test_runs_of_a_seed(tmp_path, monkeypatch):
     assert mixed.model.path == "/model of seed3/sft" and mixed.seed == 3
     assert s.used == {"sft", "mix_rl-0.0002"}
 
+    s.mixed(2e-4, "mix_rl_half_batch", tokens=128 * 23.0 * 50, batch=0.5)
+    halved = seen["seed3/mix_rl_half_batch-0.0002"].algorithm
+    assert (halved.steps, halved.prompts_per_step) == (100, mixed.algorithm.prompts_per_step // 2)
+
     s.cascade(1e-4, tokens=128 * 92.0 * 7)
     runs = [seen[f"seed3/cascade-0.0001/{d}"] for d in DOMAINS]
     assert [r.domain for r in runs] == DOMAINS and {r.algorithm.steps for r in runs} == {7}
