@@ -356,10 +356,8 @@ def append(line: dict[str, Any], chosen: Path, results: Path) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     if found := read_choices(chosen):
         write_atomic(_choices_of(results), json.dumps(found, indent=1) + "\n")
-    lines = [
-        *(read_jsonl(results) if results.exists() else []),
-        line,
-    ]  # without half a line of a killed process
+    # Read and written whole: half a line of a killed process goes.
+    lines = [*(read_jsonl(results) if results.exists() else []), line]
     write_atomic(results, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in lines))
 
 
