@@ -92,9 +92,10 @@ class LiveTeachers:
         self.version = record.version
         self.unchecked = set(record.teachers)  # domains whose teacher waits for samples
 
-    def score(self, domain: str, group_refs: list[Any]) -> ray.ObjectRef:
-        """See `TeacherPool.score`."""
-        return self._pool.score(domain, group_refs)
+    def score_all(self, group_refs: dict[str, list[Any]]) -> dict[str, ray.ObjectRef]:
+        """See `TeacherPool.score_all`. A teacher that is still to be checked scores alone: its error is its own."""
+        alone = {d: self._pool.score(d, refs) for d, refs in group_refs.items() if d in self.unchecked}
+        return alone | self._pool.score_all({d: refs for d, refs in group_refs.items() if d not in alone})
 
     @property
     def heads(self) -> dict[int, ray.ObjectRef]:

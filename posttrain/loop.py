@@ -254,22 +254,20 @@ class PolicyLoop:
                 self.tracker.event("reward_error", group_id=collected.summary.group_id, error=error)
 
     def score_teachers(self, groups: list[Collected]) -> None:
-        """One call per domain, results stay with their teacher; waits, so that CPU teachers leave the learner alone."""
+        """All domains at once, results stay with their teacher; waits, so that CPU teachers leave the learner alone."""
         if self.teachers is None:
             return
         by_domain: dict[str, list[Collected]] = defaultdict(list)
         for collected in groups:
             by_domain[collected.summary.domain].append(collected)
-        refs = []
+        scores = self.teachers.score_all({d: [c.ref for c in members] for d, members in by_domain.items()})
         for domain, members in by_domain.items():
-            scores = self.teachers.score(domain, [c.ref for c in members])
-            refs.append(scores)
             offset = 0
             for collected in members:
-                collected.teacher_ref, collected.teacher_offset = scores, offset
+                collected.teacher_ref, collected.teacher_offset = scores[domain], offset
                 offset += len(collected.summary.statuses)
-        ready, _ = ray.wait(refs, num_returns=len(refs), fetch_local=False)
-        assert len(ready) == len(refs)
+        ready, _ = ray.wait(list(scores.values()), num_returns=len(scores), fetch_local=False)
+        assert len(ready) == len(scores)
 
     def check_teachers(self, wave: Wave, teachers: LiveTeachers) -> None:
         """Before a domain's first update by a teacher: the gates that it passes on the student's own samples. A teacher

@@ -21,7 +21,7 @@ from teachers.check import key_of
 from teachers.checkpoint import locate
 from teachers.fingerprint import num_bytes
 from teachers.teacher import Teacher
-from teachers.worker import TeacherWorker, base_of
+from teachers.worker import ScoringTask, TeacherWorker, base_of
 
 if TYPE_CHECKING:
     from teachers.direct import Examination
@@ -144,24 +144,52 @@ class TeacherPool:
         Goes to the worker with the fewest open calls among those that hold the teacher. Getting the reference
         raises `teachers.scores.TeacherScoreError` if the teacher gave a score that is not finite.
         """
-        if domain not in self._keys:
-            raise UserError(
-                f"teachers.{domain}.path=None: domain {domain!r} has no teacher (there are"
-                f" {', '.join(self._keys)}); give teachers.{domain}.path=DIR"
+        return self.score_all({domain: group_refs})[domain]
+
+    def score_all(self, group_refs: dict[str, list[Any]]) -> dict[str, ray.ObjectRef]:
+        """As `score`, by domain; one call a worker, in which adapters of one base share their batches. An error of one
+        domain is that of all domains of the call."""
+        calls: dict[int, tuple[_Worker, list[str]]] = {}
+        for domain in group_refs:
+            if domain not in self._keys:
+                raise UserError(
+                    f"teachers.{domain}.path=None: domain {domain!r} has no teacher (there are"
+                    f" {', '.join(self._keys)}); give teachers.{domain}.path=DIR"
+                )
+            worker = min(
+                self._places[base_of(self._keys[domain])],
+                key=lambda worker: (
+                    worker.num_pending + (len(calls[id(worker)][1]) if id(worker) in calls else 0)
+                ),
             )
-        key = self._keys[domain]
-        worker = min(self._places[base_of(key)], key=lambda worker: worker.num_pending)
-        ref = worker.actor.score.remote(
-            key,
-            self._teachers[key],
-            self._names[domain],
-            list(group_refs),
-            self._signal,
-            self._top_k,
-            self._head_ids.get(key),
-        )
-        worker.pending.append(ref)
-        return ref
+            calls.setdefault(id(worker), (worker, []))[1].append(domain)
+        return {
+            domain: ref
+            for worker, domains in calls.values()
+            for domain, ref in zip(domains, self._call(worker, domains, group_refs), strict=True)
+        }
+
+    def _call(
+        self, worker: _Worker, domains: list[str], group_refs: dict[str, list[Any]]
+    ) -> list[ray.ObjectRef]:
+        """One reference a domain."""
+        tasks = [
+            ScoringTask(
+                key=self._keys[domain],
+                teacher=self._teachers[self._keys[domain]],
+                name=self._names[domain],
+                group_refs=list(group_refs[domain]),
+                head_id=self._head_ids.get(self._keys[domain]),
+            )
+            for domain in domains
+        ]
+        if len(tasks) == 1:  # of one return value Ray makes no list
+            refs = [worker.actor.score.remote(tasks[0], self._signal, self._top_k)]
+        else:
+            call = worker.actor.score_all.options(num_returns=len(tasks))
+            refs = call.remote(tasks, self._signal, self._top_k)
+        worker.pending += refs
+        return refs
 
     def examine(
         self, domain: str, token_ids: list[np.ndarray], scores: list[np.ndarray]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -87,17 +88,22 @@ class Scorer:
         signal: str = "sampled",
         top_k: int = 64,
         masks: list[np.ndarray] | None = None,
+        adapters: list[str | None] | None = None,
     ) -> list[TokenScores]:
         """See `teachers.backend.Backend.score`.
 
         A batch holds sequences of like length, at most ``max_tokens_per_batch`` tokens with padding (a longer
-        sequence is a batch of its own).
+        sequence is a batch of its own). ``adapters`` are keys of held ones that `Adapters.can_mix`, one a sequence
+        (None: the bare base), in place of the active one.
         """
         scores = [TokenScores(logprobs=np.zeros(0, np.float32))] * len(token_ids)
+        if adapters is not None:
+            self.adapters.mix()
         head = self._merged_head()
         for batch in plan_batches([len(ids) for ids in token_ids], max_tokens_per_batch):
             wanted = [np.ones(len(token_ids[i]), bool) if masks is None else masks[i] for i in batch]
-            scored = self._forward([token_ids[i] for i in batch], wanted, signal, top_k, head)
+            with self.adapters.rows([adapters[i] for i in batch]) if adapters else nullcontext():
+                scored = self._forward([token_ids[i] for i in batch], wanted, signal, top_k, head)
             for index, score in zip(batch, scored, strict=True):
                 check_finite(score.logprobs, self.path, names[index] if names else str(index))
                 scores[index] = score

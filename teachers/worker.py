@@ -10,24 +10,37 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
-from posttrain.records import RolloutGroup, RolloutStatus, TeacherScores
+from posttrain.records import Rollout, RolloutStatus, TeacherScores
 from rollout.process import prepare
 from teachers.backend import as_array
 from teachers.teacher import Teacher
 
 if TYPE_CHECKING:
-    from teachers.backend import Backend
+    from teachers.backend import Backend, TokenScores
     from teachers.direct import Examination
 
 logger = logging.getLogger(__name__)
 
 SCORED = (RolloutStatus.completed, RolloutStatus.truncated)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ScoringTask:
+    """Rollout groups for one teacher."""
+
+    key: str  # of the teacher: back end and fingerprints
+    teacher: Teacher
+    name: str  # of the teacher in `TeacherScores`
+    group_refs: list[Any]  # to `RolloutGroup`
+    head_id: int | None = None  # of its LM head; signal full
 
 
 class TeacherWorker:
@@ -89,48 +102,63 @@ class TeacherWorker:
             )
         return as_array(head)
 
-    def score(
-        self,
-        key: str,
-        teacher: Teacher,
-        name: str,
-        group_refs: list[Any],
-        signal: str = "sampled",
-        top_k: int = 64,
-        head_id: int | None = None,
-    ) -> list[TeacherScores]:
-        """Scores of all rollouts of all groups, in order, by ``teacher``, whose key is ``key``. ``name`` and
-        ``head_id`` go into `TeacherScores`.
+    def score(self, task: ScoringTask, signal: str = "sampled", top_k: int = 64) -> list[TeacherScores]:
+        """Scores of all rollouts of all groups, in order.
 
         A failed rollout never reaches the loss; its scores are NaN so that a use would be seen. Raises
         `TeacherScoreError`.
         """
-        groups: list[RolloutGroup] = ray.get(group_refs)
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        token_ids = [rollout.token_ids if rollout.turns else np.zeros(0, np.int32) for rollout in rollouts]
-        scores = [
-            TeacherScores(teacher=name, logprobs=np.full(len(ids), np.nan, np.float32)) for ids in token_ids
-        ]
-        scored = [i for i, rollout in enumerate(rollouts) if rollout.status in SCORED]
-        masks = [rollouts[i].loss_mask for i in scored]
-        results = self._backend(key, teacher).score(
-            [token_ids[i] for i in scored],
+        [scores] = self.score_all([task], signal, top_k)
+        return scores
+
+    def score_all(
+        self, tasks: list[ScoringTask], signal: str = "sampled", top_k: int = 64
+    ) -> list[list[TeacherScores]]:
+        """As `score`, for every task. Adapters of one base are in common batches where that can be, so that a step costs
+        the same with many of them as with one. An error of one task is the error of all."""
+        rollouts = [[r for group in ray.get(task.group_refs) for r in group.rollouts] for task in tasks]
+        scores: list[list[TeacherScores]] = [[] for _ in tasks]
+        for together in self._plan(tasks):
+            scored = [(tasks[i], r) for i in together for r in rollouts[i] if r.status in SCORED]
+            results = iter(self._score(scored, len(together) > 1, signal, top_k) if scored else ())
+            for i in together:
+                scores[i] = [
+                    _as_scores(tasks[i], r, next(results)) if r.status in SCORED else _unscored(tasks[i], r)
+                    for r in rollouts[i]
+                ]
+        return scores
+
+    def _plan(self, tasks: list[ScoringTask]) -> list[list[int]]:
+        """Indices of the tasks that are scored at once, each once."""
+        if len(tasks) == 1:
+            return [[0]]
+        common: dict[str, list[int]] = defaultdict(list)
+        alone = []
+        for i, task in enumerate(tasks):
+            adapters = getattr(self._hold(task.key, task.teacher), "adapters", None)
+            if adapters and (task.teacher.adapter is None or adapters.can_mix(task.key)):
+                common[base_of(task.key)].append(i)
+            else:
+                alone.append([i])
+        return [*common.values(), *alone]
+
+    def _score(
+        self, scored: list[tuple[ScoringTask, Rollout]], is_mixed: bool, signal: str, top_k: int
+    ) -> list[TokenScores]:
+        """Scores of each rollout by the teacher beside it: one teacher, or several that are mixed."""
+        task, _ = scored[0]
+        # Of one teacher as of several; its adapter, if any, is put on for all rows or for its own.
+        backend = self._hold(task.key, task.teacher) if is_mixed else self._backend(task.key, task.teacher)
+        adapters = [task.key if task.teacher.adapter else None for task, _ in scored]
+        return backend.score(
+            [r.token_ids for _, r in scored],
             self.cfg.max_tokens_per_batch,
-            [f"rollout {rollouts[i].rollout_id!r} of domain {rollouts[i].domain!r}" for i in scored],
+            [f"rollout {r.rollout_id!r} of domain {r.domain!r}" for _, r in scored],
             signal,
             top_k,
-            masks,
+            [r.loss_mask for _, r in scored],
+            **({"adapters": adapters} if is_mixed else {}),
         )
-        for i, mask, result in zip(scored, masks, results, strict=True):
-            scores[i] = TeacherScores(
-                teacher=name,
-                logprobs=result.logprobs,
-                topk_ids=None if result.topk_ids is None else result.topk_ids[mask],
-                topk_logprobs=None if result.topk_logprobs is None else result.topk_logprobs[mask],
-                hidden=None if result.hidden is None else result.hidden[mask],
-                head_id=head_id,
-            )
-        return scores
 
     def examine(
         self, key: str, teacher: Teacher, token_ids: list[np.ndarray], scores: list[np.ndarray]
@@ -145,6 +173,13 @@ class TeacherWorker:
 
     def _backend(self, key: str, teacher: Teacher) -> Backend:
         """What scores as ``teacher``, loaded if it is not here, with its adapter put on."""
+        backend = self._hold(key, teacher)
+        if adapters := getattr(backend, "adapters", None):
+            adapters.use(key if teacher.adapter else None, teacher.adapter)
+        return backend
+
+    def _hold(self, key: str, teacher: Teacher) -> Backend:
+        """What can score as ``teacher``: its base and its adapter, loaded if they are not here."""
         base = base_of(key)
         if self.was_restarted and key not in self._known:
             _check_files(key, teacher)
@@ -152,9 +187,9 @@ class TeacherWorker:
         if base not in self.backends:
             self.backends[base] = self._open(teacher)
         backend = self.backends[base]
-        if adapters := getattr(backend, "adapters", None):  # models in this process alone take LoRA
+        if teacher.adapter and (adapters := getattr(backend, "adapters", None)):
             try:
-                adapters.use(key if teacher.adapter else None, teacher.adapter)
+                adapters.hold(key, teacher.adapter)
             except UserError:
                 del self.backends[base]  # part of the adapter may be on it
                 raise
@@ -172,6 +207,24 @@ class TeacherWorker:
         from teachers.scorer import Scorer
 
         return Scorer(teacher.path, self.model, self.cfg.dtype, self.device, self.cfg.head_dtype)
+
+
+def _as_scores(task: ScoringTask, rollout: Rollout, found: TokenScores) -> TeacherScores:
+    """What is sent of them: rows of loss tokens alone, but for the logprobs."""
+    mask = rollout.loss_mask
+    return TeacherScores(
+        teacher=task.name,
+        logprobs=found.logprobs,
+        topk_ids=None if found.topk_ids is None else found.topk_ids[mask],
+        topk_logprobs=None if found.topk_logprobs is None else found.topk_logprobs[mask],
+        hidden=None if found.hidden is None else found.hidden[mask],
+        head_id=task.head_id,
+    )
+
+
+def _unscored(task: ScoringTask, rollout: Rollout) -> TeacherScores:
+    num_tokens = len(rollout.token_ids) if rollout.turns else 0
+    return TeacherScores(teacher=task.name, logprobs=np.full(num_tokens, np.nan, np.float32))
 
 
 def _check_files(key: str, teacher: Teacher) -> None:

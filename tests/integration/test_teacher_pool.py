@@ -16,7 +16,9 @@ from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
 from posttrain.records import Prompt, Rollout, RolloutGroup, RolloutStatus, Turn
 from teachers.pool import TeacherPool, place
 from teachers.scorer import Scorer, TeacherScoreError
-from tests.tiny_models import tiny_mimo
+from teachers.teacher import Teacher
+from tests.tiny_models import tiny_mimo, tiny_qwen3_moe
+from tests.unit.test_teachers_lora import ATTENTION, EXPERTS, make_adapter
 
 
 def make_group(lengths: list[int], seed: int) -> RolloutGroup:
@@ -126,6 +128,33 @@ def test_pool(local_ray: None, checkpoints: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"^teachers\.math\.path='/gone': no such directory"):
         pool.set_teachers({"math": "/gone"})
     pool.shutdown()
+
+
+@pytest.mark.integration
+def test_adapters_of_one_base_score_together(local_ray: None, tmp_path: Path) -> None:
+    """One call a worker, every domain's scores under its own reference; with two workers each has some of the domains."""
+    base = tiny_qwen3_moe(tmp_path / "base", seed=1)
+    teachers = {"bare": Teacher(key="teachers.bare", path=str(base))}
+    for seed, domain in enumerate("abc"):
+        adapter, _ = make_adapter(base, tmp_path / domain, seed, **(ATTENTION if domain != "c" else EXPERTS))
+        teachers[domain] = Teacher(key=f"teachers.{domain}", path=str(base), adapter=adapter)
+    groups = [make_group([20, 3, 55], 1), make_group([31], 2)]
+    refs = {domain: [ray.put(group) for group in groups[: 1 + (domain == "a")]] for domain in teachers}
+    for num_workers in (1, 2):
+        pool = TeacherPool.start(
+            TeacherWorkerConfig(num_workers=num_workers, cores_per_worker=1), ModelConfig()
+        )
+        pool.set_teachers(teachers)
+        found = pool.score_all(refs)
+        assert list(found.keys() - refs.keys()) == [] and len(found) == 4
+        for domain, ref in found.items():
+            ours, alone = ray.get(ref), ray.get(pool.score(domain, refs[domain]))
+            assert [s.teacher for s in ours] == [teachers[domain].name] * (4 if domain == "a" else 3)
+            for one, other in zip(ours, alone, strict=True):
+                np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        assert len({ref.task_id() for ref in found.values()}) == num_workers
+        assert pool.score_all({}) == {}
+        pool.shutdown()
 
 
 def test_placement() -> None:

@@ -33,6 +33,12 @@ class FakePool:
         self.asked: tuple[str, int] | None = None  # signal and top_k
         self.broken: set[str] = set()
 
+    def score(self, domain: str, refs: list[str]) -> str:
+        return f"{domain} alone"
+
+    def score_all(self, refs: dict[str, list[str]]) -> dict[str, str]:
+        return {domain: " ".join(refs) for domain in refs}
+
     def set_teachers(self, teachers: dict[str, Teacher], signal: str, top_k: int) -> None:
         self.held, self.asked = {}, (signal, top_k)
         for teacher in teachers.values():
@@ -257,6 +263,16 @@ def test_scores_that_failed_take_a_teacher_back(world: World, monkeypatch: pytes
     assert world.check(3, "math", scores={"math": RayError("nan for token 7")}) == {"math"}
     assert "nan for token 7" in world.events("teacher_swap_refused")[0]["message"]
     assert world.held["math"] == "a"
+
+
+def test_a_teacher_on_trial_scores_alone(world: World) -> None:
+    """In a common call its error would be that of the others."""
+    asked: Any = {"math": ["a"], "code": ["b"]}
+    assert world.live.score_all(asked) == {"math": "math alone", "code": "code alone"}
+    world.check()
+    assert world.live.score_all(asked) == dict.fromkeys(asked, "math code")
+    world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
+    assert world.live.score_all(asked) == {"math": "math alone", "code": "code"}
 
 
 def test_a_teacher_that_its_files_refuse_never_loads(world: World) -> None:

@@ -35,6 +35,7 @@ from posttrain.tracking.jsonl import read_jsonl
 from teachers.direct import Examination
 from teachers.pool import TeacherPool, _Worker
 from teachers.teacher import Teacher, resolve
+from teachers.worker import ScoringTask
 from tests.tiny_models import tiny_dense, tiny_teacher
 from tests.unit.test_loop_eval import DOMAINS, FakeFolder, FakeLearner, FakeRollouts, prompts
 
@@ -43,10 +44,13 @@ DIGESTS = {"far": "0", "student": "1", "a": "2", "b": "3"}
 
 
 class Method:
-    """A method of an actor; what it gives is there at once."""
+    """A method of an actor; what it gives is there at once, several results as a list."""
 
     def __init__(self, function: Any) -> None:
         self.remote = function
+
+    def options(self, num_returns: int) -> Method:
+        return self
 
 
 class FakeWorker:
@@ -55,6 +59,7 @@ class FakeWorker:
     def __init__(self) -> None:
         self.fetched: list[str] = []
         self.set_teachers, self.head, self.score = map(Method, (self._set_teachers, self._head, self._score))
+        self.score_all = Method(lambda tasks, *signal: [self._score(task, *signal) for task in tasks])
         right = Examination(mean_abs=0.0, max_abs=0.0, num_tokens=9, explanation=None)
         self.examine = Method(lambda *asked: right)
 
@@ -66,15 +71,12 @@ class FakeWorker:
         self.fetched.append(Path(teacher.path).name)
         return self.fetched[-1]
 
-    def _score(
-        self, key: str, teacher: Teacher, name: str, refs: list[Any], signal: str, top_k: int, head_id: int
-    ) -> list[TeacherScores]:
-        value = -9.0 if Path(teacher.path).name == "far" else 0.0
-        lengths = [len(rollout.loss_mask) for group in refs for rollout in group.rollouts]
+    def _score(self, task: ScoringTask, signal: str, top_k: int) -> list[TeacherScores]:
+        name = Path(task.teacher.path).name
+        value = -9.0 if name == "far" else 0.0
+        lengths = [len(rollout.loss_mask) for group in task.group_refs for rollout in group.rollouts]
         return [
-            TeacherScores(
-                teacher=Path(teacher.path).name, logprobs=np.full(n, value, np.float32), head_id=head_id
-            )
+            TeacherScores(teacher=name, logprobs=np.full(n, value, np.float32), head_id=task.head_id)
             for n in lengths
         ]
 

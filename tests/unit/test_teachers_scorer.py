@@ -22,7 +22,7 @@ from teachers import scorer as scorer_module
 from teachers.check import key_of
 from teachers.scorer import CALL_TOKENS, Scorer, TeacherScoreError, plan_batches
 from teachers.teacher import Teacher
-from teachers.worker import TeacherWorker
+from teachers.worker import ScoringTask, TeacherWorker
 from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
 
 LENGTHS = [3, 77, 1, 2, 120, 40, 77, 11]
@@ -301,6 +301,10 @@ def make_group(token_ids: list[np.ndarray], statuses: list[RolloutStatus]) -> Ro
     return RolloutGroup(group_id="g", prompt=prompt, rollouts=rollouts)
 
 
+def task(teacher: Teacher, groups: list[RolloutGroup], head_id: int | None = None) -> ScoringTask:
+    return ScoringTask(key="key", teacher=teacher, name="t", group_refs=groups, head_id=head_id)
+
+
 def test_worker_keeps_order_and_marks_failed_rollouts(
     qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,9 +316,9 @@ def test_worker_keeps_order_and_marks_failed_rollouts(
     ]
     monkeypatch.setattr("teachers.worker.ray.get", lambda refs: refs)
     worker = TeacherWorker(TeacherWorkerConfig(max_tokens_per_batch=64, cores_per_worker=1), ModelConfig())
-    scores = worker.score("fingerprint", Teacher(key="teachers.d", path=path), "runs/teacher", groups)
+    scores = worker.score(task(Teacher(key="teachers.d", path=path), groups))
     expected = Scorer(path, ModelConfig(), Dtype.float32).score(ids, 64)
-    assert [score.teacher for score in scores] == ["runs/teacher"] * 4
+    assert [score.teacher for score in scores] == ["t"] * 4
     for i in (0, 1, 3):
         np.testing.assert_allclose(scores[i].logprobs, expected[i].logprobs, atol=1e-5)
     assert scores[2].logprobs.shape == (12,) and np.isnan(scores[2].logprobs).all()
@@ -330,7 +334,7 @@ def test_worker_sends_rows_of_loss_tokens_alone(qwen3_moe: Path, monkeypatch: py
     ids, mask = group.rollouts[0].token_ids, group.rollouts[0].loss_mask
     assert mask.sum() == 4
 
-    scores = worker.score("key", teacher, "t", [group], "top_k", 5)
+    scores = worker.score(task(teacher, [group]), "top_k", 5)
     logits = all_logits(qwen3_moe, ids)
     expected = logits.log_softmax(-1).topk(5)
     np.testing.assert_array_equal(scores[0].topk_ids, expected.indices[mask])
@@ -340,7 +344,7 @@ def test_worker_sends_rows_of_loss_tokens_alone(qwen3_moe: Path, monkeypatch: py
     row = worker.set_teachers({"key": teacher}, "full")
     assert row["heads"].keys() == {"key"} and "heads" not in worker.set_teachers({"key": teacher})
     head = torch.from_numpy(worker.head("key", teacher))
-    scores = worker.score("key", teacher, "t", [group], "full", 64, 3)
+    scores = worker.score(task(teacher, [group], head_id=3), "full")
     assert scores[0].head_id == 3 and scores[0].hidden.shape == (4, head.shape[1])
     states = torch.from_numpy(scores[0].hidden)
     torch.testing.assert_close((states @ head.T).double(), logits[mask], atol=2e-5, rtol=0)
