@@ -145,6 +145,7 @@ class LiveTeachers:
         changed = {d for d in new if self._is_other(d, new[d], fingerprints[d])}
         if not changed:
             return changed
+        _check_in_place({d: t for d, t in self._in_use.items() if d not in changed}, self._fingerprints)
         former = dict(self._in_use)
         self._load(former | {d: new[d] for d in changed}, former)
         self.version += 1
@@ -209,10 +210,13 @@ class LiveTeachers:
         """Return to the former teacher of ``domain``, which is measured on the same samples."""
         refused, former = self._in_use[domain], self._former.pop(domain)
         fingerprint = self._fingerprints[domain]
-        self._set(self._in_use | {domain: former})
+        former_fingerprint = self._former_fingerprints.pop(domain)
+        kept = self._in_use | {domain: former}
+        _check_in_place(kept, self._fingerprints | {domain: former_fingerprint})
+        self._set(kept)
         self._preflight.replace(domain, former, self._former_rows.pop(domain))
         self._in_use[domain] = former
-        self._fingerprints[domain] = self._former_fingerprints.pop(domain)
+        self._fingerprints[domain] = former_fingerprint
         self.version += 1
         self._tracker.event(
             "teacher_swap_refused",
@@ -291,6 +295,17 @@ class LiveTeachers:
             "fingerprints": self._fingerprints | self._former_fingerprints,  # as they were loaded
         }
         self._folder.write_json(RECORD, content)
+
+
+def _check_in_place(teachers: Mapping[str, Teacher], fingerprints: Mapping[str, str]) -> None:
+    """Raises `UserError` when the files of a teacher that stays are no longer those that this run took: whatever loads one
+    teacher looks at the files of all."""
+    for domain, teacher in teachers.items():
+        if teacher_fingerprint(teacher) != fingerprints[domain]:
+            raise UserError(
+                f"teachers.{domain}.path={teacher.name!r}: it changed in place since this run took it; put it back, and give"
+                " a new teacher a folder of its own"
+            )
 
 
 def reason(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def check_layout(sources: dict[str, str]) -> list[dict[str, TensorEntry]]:
     (first_key, first_path), first = next(iter(sources.items())), checkpoints[0]
     for (key, path), tensors in zip(sources.items(), checkpoints, strict=True):
         packed = next((name for name, entry in tensors.items() if entry.dtype not in MERGED), None)
-        if packed is not None or "quantization_config" in read_config(locate(path, key), key):
+        if packed is not None or read_config(locate(path, key), key).get("quantization_config"):
             which = "config.json has a quantization_config"
             if packed is not None:
                 which = f"{packed!r} is of type {tensors[packed].dtype}"

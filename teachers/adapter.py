@@ -28,8 +28,27 @@ REFUSED = (
     "trainable_token_indices",
     "layer_replication",
 )  # they replace parts of the base
-# Initialisations that change the base's own weights.
-REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# Initialisations that change the base's own weights, or say that the adapter is no plain product of two matrices.
+REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
+# Settings that may be on: where and how large the matrices are, how they were initialised, what only training reads. Each
+# other one that is on makes PEFT compute something else, which scoring would not know or other adapters would feel.
+KNOWN = {
+    *("auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "revision", "task_type"),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+    ),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "inference_mode"),
+    *("bias", "modules_to_save", "trainable_token_indices", "layer_replication"),  # by what they are set to
+    *("fan_in_fan_out", "ensure_weight_tying", "megatron_core", "qalora_group_size", "runtime_config"),
+}
 
 
 def read_adapter(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
@@ -82,6 +101,12 @@ def check_adapter(adapter: str, base: str, key: str) -> None:
         raise UserError(
             f"{key}={adapter!r}: init_lora_weights is {init!r}, which rewrites the base as the adapter is put on it, and other"
             " adapters share it; save it with save_pretrained(..., path_initial_model_for_weight_conversion=...) or merge it"
+        )
+    unknown = sorted(n for n, value in config.items() if value not in (None, False) and n not in KNOWN)
+    if unknown:
+        raise UserError(
+            f"{key}={adapter!r}: {unknown[0]}={config[unknown[0]]!r} in {CONFIG}: a kind of LoRA that is not scored with (plain,"
+            " rsLoRA and DoRA are); merge it into a checkpoint and give that as path"
         )
     if whole := sorted(name for name in tensors if ".lora_" not in name):
         raise UserError(

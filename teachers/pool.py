@@ -209,7 +209,7 @@ class TeacherPool:
         direct = self._start(0.0)
         try:
             plain = replace(teacher, backend=TeacherBackend.transformers)
-            return ray.get(direct.actor.examine.remote(key, plain, token_ids, scores))
+            return ray.get(direct.actor.examine.remote(key_of(plain), plain, token_ids, scores))
         finally:
             ray.kill(direct.actor)
 

@@ -98,7 +98,7 @@ class Scorer:
         """
         scores = [TokenScores(logprobs=np.zeros(0, np.float32))] * len(token_ids)
         if adapters is not None:
-            self.adapters.mix()
+            self.adapters.use(None, None)
         head = self._merged_head()
         for batch in plan_batches([len(ids) for ids in token_ids], max_tokens_per_batch):
             wanted = [np.ones(len(token_ids[i]), bool) if masks is None else masks[i] for i in batch]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +120,13 @@ class TeacherWorker:
         scores: list[list[TeacherScores]] = [[] for _ in tasks]
         for together in self._plan(tasks):
             scored = [(tasks[i], r) for i in together for r in rollouts[i] if r.status in SCORED]
-            results = iter(self._score(scored, len(together) > 1, signal, top_k) if scored else ())
+            # Each is let go as soon as what is sent of it is there: hidden states are large.
+            results = deque(self._score(scored, len(together) > 1, signal, top_k) if scored else ())
             for i in together:
                 scores[i] = [
-                    _as_scores(tasks[i], r, next(results)) if r.status in SCORED else _unscored(tasks[i], r)
+                    _as_scores(tasks[i], r, results.popleft())
+                    if r.status in SCORED
+                    else _unscored(tasks[i], r)
                     for r in rollouts[i]
                 ]
         return scores

@@ -26,12 +26,13 @@ from posttrain.config import (
     SFTRun,
     TeacherConfig,
     TeacherTraining,
+    UserError,
 )
 from posttrain.data.sources import load_prompts
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
 from posttrain.lineage import ancestry
-from posttrain.merge import average
+from posttrain.merge import average, check_layout
 from posttrain.records import Prompt
 from posttrain.report.picture import draw_summary
 from posttrain.report.summary import (
@@ -50,7 +51,7 @@ from posttrain.run_folder import RunFolder
 from posttrain.runs import evaluate, mopd, rl, sft
 from posttrain.stages import in_round
 from posttrain.tracking.jsonl import read_jsonl
-from teachers.checkpoint import locate, read_tensors
+from teachers.checkpoint import locate
 from teachers.fingerprint import fingerprint
 from teachers.teacher import DEFAULT, owners
 
@@ -224,11 +225,12 @@ def given_teacher(domain: str, teacher: TeacherConfig, path: str, start: str) ->
 
 
 def average_merge(folder: RunFolder, teachers: list[str]) -> str | None:
-    """The parameter average of the teachers, made anew when a teacher changed; None where their shapes differ."""
-    layouts = [read_tensors(locate(path, "teachers"), "teachers") for path in teachers]
-    shapes = [{name: entry.shape for name, entry in layout.items()} for layout in layouts]
-    if any(other != shapes[0] for other in shapes):
-        print("average_merge: left out, because the teachers differ in shape", flush=True)
+    """The parameter average of the teachers, made anew when a teacher changed; None where they have none (other shapes,
+    other settings, quantized): teachers that were given need not be of one kind, and the run has its student."""
+    try:
+        check_layout({f"teachers.{i}": path for i, path in enumerate(teachers)})
+    except UserError as error:
+        print(f"average_merge: left out, because the teachers have no average ({error})", flush=True)
         return None
     merged = folder.path / "average_merge"
     inputs = [fingerprint(path, "teachers") for path in teachers]

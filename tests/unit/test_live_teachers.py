@@ -210,12 +210,41 @@ def test_a_new_teacher_is_asked_for_the_signal_of_the_run(world: World) -> None:
 
 def test_weights_that_change_in_place_are_refused(world: World) -> None:
     world.check()
-    file = world.root / "a/model.safetensors"
+    change_in_place(world.root / "a")
+    with pytest.raises(UserError, match="changed in place"):
+        world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/a")}, 3)
+
+
+def change_in_place(folder: Path) -> None:
+    file = folder / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"] *= 1.01
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="changed in place"):
-        world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/a")}, 3)
+
+
+def test_a_swap_takes_no_changed_files_of_another_domain_with_it(world: World) -> None:
+    """Loading looks at the files of all teachers: those of code would be taken anew, without a gate or a word."""
+    world.check()
+    world.live.set_teachers({"code": TeacherConfig(path=f"{world.root}/c")}, 2)
+    world.check()
+    change_in_place(world.root / "c")
+    world.write(f"math: {world.root}/b\n")
+    world.live.read_file(3)
+    [event] = world.events("teacher_swap_refused")
+    assert (
+        f"teachers.code.path='{world.root}/c': it changed in place since this run took it" in event["message"]
+    )
+    assert world.held == {"math": "a", "code": "c"} and world.live.version == 2
+
+
+@pytest.mark.parametrize("changed", ["a", "student"])
+def test_no_way_back_to_files_that_changed(world: World, changed: str) -> None:
+    world.check()
+    world.preflight.far = {"b"}
+    world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
+    change_in_place(world.root / changed)
+    with pytest.raises(UserError, match=rf"/{changed}': it changed in place since this run took it"):
+        world.check()
 
 
 def test_a_teacher_that_fails_on_samples_is_taken_back(world: World) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from posttrain import run_folder
 from posttrain.cli import main
 from posttrain.config import UserError
 from posttrain.merge import average, task_arithmetic
+from posttrain.runs.pipeline import average_merge
 from teachers.checkpoint import INDEX_NAME
 from tests.tiny_models import tiny_mimo
 
@@ -130,6 +133,8 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^models\.0=.*/x': config\.json has a quantization_config"):
         average([whole], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    (tmp_path / "x" / "config.json").write_text('{"quantization_config": null}')
+    average([whole], str(tmp_path / "out"))
 
 
 def test_checkpoints_that_compute_otherwise_are_refused(tmp_path: Path) -> None:
@@ -277,3 +282,21 @@ def test_a_merge_with_another_coefficient_is_another_run(
     assert values(three / "runs/merge/model")["w"].equal(before)
     assert main([*ARITHMETIC, "coefficient=0.7", "fresh=true"]) == 0
     assert not values(three / "runs/merge/model")["w"].equal(before)
+
+
+def test_a_pipeline_goes_on_without_an_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Teachers that were given may be of different kinds, which nobody wants to hear after days of training."""
+    folder: Any = SimpleNamespace(
+        path=tmp_path, read_json=lambda name: None, write_json=lambda name, content: None
+    )
+    alike = [checkpoint(tmp_path / name, {"w": torch.ones(2)}) for name in "ab"]
+    other = checkpoint(tmp_path / "c", {"w": torch.ones(3)})
+    for name, theta in (("a", 1e4), ("b", 1e6), ("c", 1e4)):
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "x", "rope_theta": theta}))
+    for paths in (alike, [alike[0], other]):
+        assert average_merge(folder, paths) is None
+        assert (
+            "average_merge: left out, because the teachers have no average (teachers.1="
+            in capsys.readouterr().out
+        )
+    assert average_merge(folder, [alike[0]] * 2) == str(tmp_path / "average_merge")

@@ -287,6 +287,29 @@ def test_an_adapter_that_rewrites_its_base_is_refused(
     assert f"init_lora_weights is '{init}', which rewrites the base" in refusal(adapter, base)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alora_invocation_tokens", [3, 4]),  # without their place in the text PEFT computes the bare base
+        ("kasa_config", {}),
+        ("kasa_config", {"beta": 1e-4}),  # cuts small singular values out of the base
+        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}),
+        ("arrow_config", {"top_k": 3}),
+        ("a_kind_of_the_future", True),
+        ("a_kind_of_the_future", [0]),
+    ],
+)
+def test_kinds_of_lora_that_compute_something_else_are_refused(
+    base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path, name: str, value: Any
+) -> None:
+    adapter = copy_of(adapters["attention"][0], tmp_path / "adapter", **{name: value})
+    off = copy_of(adapter, tmp_path / "off", **{name: None})
+    check_adapter(off, str(base), "teachers.math")
+    assert f"{name}={value!r} in adapter_config.json: a kind of LoRA that is not scored" in refusal(
+        adapter, base
+    )
+
+
 def gates(base: Path, workers: TeacherWorkerConfig | None = None, **teachers: Teacher) -> dict[Any, GateRow]:
     student = ModelConfig(path=str(base))
     rows = check_teachers(teachers, student, workers or TeacherWorkerConfig(), 64)
