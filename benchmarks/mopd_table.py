@@ -136,7 +136,7 @@ def print_course(lines: list[dict[str, Any]], level: float = 0.9) -> None:
     shortest = "instruct"
     print(
         f"\nOn the way: sampled tokens to {level:.0%} of the gain (mean over domains; the curve's best rising fit) [95 %]"
-        " (seeds), and as a share of those of Mix-RL; shares of tokens and gradient of"
+        " (seeds), and as a share of those of Mix-RL [prompts alone] (seeds); shares of tokens and gradient of"
         f" {shortest}, the domain of the shortest answers; share of its gain"
     )
     watched = {
@@ -162,7 +162,9 @@ def print_course(lines: list[dict[str, Any]], level: float = 0.9) -> None:
             theirs = [tokens_to(level, *gain_over_tokens(line, cells)) for line in others]
             if name != "mix_rl" and len(others) == len(own) and None not in theirs:
                 beside = draw_tokens_to(level, others, cells)
+                ratios = [ours / other for ours, other in zip(found, theirs, strict=True)]  # type: ignore[operator]
                 text += f"  {np.mean(found) / np.mean(theirs):.2f} {_ends(means / beside, 1, '.2f')}"  # type: ignore[arg-type]
+                text += f" ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
         share = [line["normalised"][shortest] for line in own]
         errors = [line["target_error"] for line in own if "target_error" in line]
         print(
