@@ -93,14 +93,21 @@ def _start_local(cfg: RayConfig) -> None:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     os.environ["PYTHONPATH"] = os.pathsep.join(import_roots())
     _reread_environment()
-    ray.init(
-        address="local",  # RAY_ADDRESS must not send the run elsewhere
-        include_dashboard=False,
-        num_cpus=cfg.num_cpus or max(os.cpu_count() or 1, MIN_LOGICAL_CPUS),
-        object_store_memory=int(cfg.object_store_gb * 2**30),
-        log_to_driver=cfg.log_to_driver,
-        configure_logging=False,
-    )
+    try:  # Ray's own processes: its errors here are plain Exceptions
+        ray.init(
+            address="local",  # RAY_ADDRESS must not send the run elsewhere
+            include_dashboard=False,
+            num_cpus=cfg.num_cpus or max(os.cpu_count() or 1, MIN_LOGICAL_CPUS),
+            object_store_memory=int(cfg.object_store_gb * 2**30),
+            log_to_driver=cfg.log_to_driver,
+            configure_logging=False,
+        )
+    except Exception as error:
+        ray.shutdown()
+        raise UserError(
+            f"ray.address=null: Ray does not start on this machine ({' '.join(str(error).split())[:300]}); where it is only"
+            " busy, start the same command again; Ray's logs are in /tmp/ray/session_latest/logs"
+        ) from error
     _watch(ray._private.worker._global_node.get_session_dir_path())
 
 

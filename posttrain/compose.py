@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from posttrain.config import RUNS, RunConfig, UserError
+from posttrain.config.errors import require
 from posttrain.schema import docs, expected, lookup, nearest, unknown_key
 
 Tree = dict[str, Any]
@@ -92,7 +93,9 @@ def to_object(command: str, config: DictConfig) -> RunConfig:
         raise UserError(f"{key} is missing: give {key}=VALUE ({_doc(schema, key)})")
     for prefix in [name for name in config if name in ("sft", "rl", "mopd")]:
         _to_object(config[prefix], prefix=f"{prefix}.")  # names the stage in the message
-    return cast(RunConfig, _to_object(config))
+    cfg = cast(RunConfig, _to_object(config))
+    require(0 <= cfg.seed < 2**32, "seed", cfg.seed, "give a whole number from 0 to 4294967295")
+    return cfg
 
 
 def available_groups(search_dir: str | None = None) -> dict[str, list[str]]:

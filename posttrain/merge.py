@@ -142,6 +142,12 @@ def _weighted_sum(name: str, entries: list[TensorEntry], weights: list[float], d
                 f"models={str(entry.file.parent)!r}: integer tensor {name!r} differs; such tensors cannot be merged"
             )
     assert total is not None
+    if total.is_floating_point() and not total.isfinite().all():
+        where = ", ".join(sorted({str(entry.file.parent) for entry in entries}))
+        raise UserError(
+            f"models: the merge of {name!r} holds NaN or infinite values, of {where}; look for the damaged one"
+            " (`posttrain doctor teachers` names it) and leave it out"
+        )
     return (total / divisor).to(dtype) if total.is_floating_point() else total
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def check_adapter(adapter: str, base: str, key: str) -> None:
             f"{key}={adapter!r}: {whole[0]} is a weight of the base itself, which other adapters share; save the adapter"
             " with save_pretrained(..., save_embedding_layers=False)"
         )
+    _check_layers(tensors, adapter, base, key)
     _check_shapes(config, tensors, adapter, base, key)
 
 
@@ -143,7 +145,15 @@ def adapter_row(subject: Subject, base: str) -> GateRow:
             f"it was trained on {named!r}, whose weights are not those of {base!r}",
             f"give {teacher.key}.path={named}",
         )
-    is_scaled = bool(config.get("lora_alpha", 8)) or bool(config.get("alpha_pattern"))
+    alphas = {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
+    if negative := {name: alpha for name, alpha in alphas.items() if alpha < 0}:
+        return subject.red(
+            "adapter",
+            "negative scale",
+            f"{CONFIG} has {', '.join(f'{name}={alpha}' for name, alpha in negative.items())}: it would teach the opposite",
+            "give the lora_alpha that it was trained with",
+        )
+    is_scaled = any(alphas.values())
     if is_scaled and any(
         moved[a] and moved.get(a.replace(".lora_A.", ".lora_B.")) for a in moved if ".lora_A." in a
     ):
@@ -181,6 +191,19 @@ def _is_base(named: str, base: str, key: str) -> bool | None:
     if report.not_read or not same_shapes:  # quantized, padded: another form, perhaps of the same weights
         return None
     return report.is_student
+
+
+def _check_layers(tensors: dict[str, TensorEntry], adapter: str, base: str, key: str) -> None:
+    """What else is not there, only the loaded model can tell: stacked experts have other names in it than on the disk."""
+    layer = re.compile(r"\.(\d+)\.")
+    present = {found[1] for name in read_tensors(locate(base, key), key) if (found := layer.search(name))}
+    for name in sorted(tensors):
+        found = layer.search(name)
+        if found and present and found[1] not in present:
+            raise UserError(
+                f"{key}={adapter!r}: {name} is for layer {found[1]}, which {base!r} does not have; it is an adapter of another"
+                " base"
+            )
 
 
 def _check_shapes(

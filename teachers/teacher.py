@@ -75,9 +75,10 @@ def owners(teachers: Mapping[str, TeacherConfig], domains: Iterable[str]) -> dic
 
 
 def build(owner: str, cfg: TeacherConfig, student_path: str | None) -> Teacher:
-    """The teacher of the section ``teachers.<owner>``. An adapter without path sits on ``student_path``."""
+    """The teacher of the section ``teachers.<owner>``. An adapter without path sits on ``student_path``, and with ``self`` it
+    is the path."""
     key = f"teachers.{owner}"
-    if cfg.path is None and (cfg.adapter is None or student_path is None):
+    if cfg.path is None and (not (cfg.adapter or cfg.self) or student_path is None):
         raise _no_teacher(owner)
     path = cfg.path if cfg.path is not None else str(student_path)
     if cfg.backend is TeacherBackend.server:

@@ -120,6 +120,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         half = "" if line.endswith(b"\n") else ", the line looks half-written"
         raise RowError("row", f"not valid JSON ({error.msg} at column {error.colno}{half})") from error
+    except (RecursionError, ValueError) as error:  # nested or with digits beyond what Python reads
+        raise RowError("row", f"not readable as JSON ({error})") from error
     if not isinstance(values, dict):
         raise RowError("row", f"expected a JSON object, found {type(values).__name__}")
     return values

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from posttrain.config import Dtype, LearnerConfig, ModelConfig, UserError
 from posttrain.learner.actor import actor_class
@@ -183,6 +183,14 @@ class LearnerGroup:
             if isinstance(error.cause, UserError | RecordError | NonFiniteRouterError):
                 raise error.cause from error
             raise
+        except RayActorError as error:  # a rank was killed, or the machine had no memory left
+            if error.actor_init_failed:
+                raise
+            raise UserError(
+                f"learner.num_ranks={len(self._ranks)}: a learner process died ({str(error).splitlines()[0]}); start the same"
+                " command again to resume from the last checkpoint, and if it was memory (`dmesg` names what the kernel"
+                " killed) with a smaller learner.max_tokens_per_micro_batch"
+            ) from error
 
     # ---- plans ----
 

@@ -95,6 +95,7 @@ def test_missing_key(place, capsys):
 def test_mistyped_key_and_value(place, capsys):
     assert rl(capsys, "learner.lrr=1") == "learner.lrr=1: no such key; did you mean learner.lr?"
     assert rl(capsys, "learner.lr=fast") == "learner.lr=fast: a number is needed"
+    assert rl(capsys, "seed=-1") == "seed=-1: give a whole number from 0 to 4294967295"
     assert rl(capsys, "algorithm.advantage=gppo").startswith(
         "algorithm.advantage=gppo: choose grpo, dr_grpo or rloo"
     )
@@ -162,6 +163,8 @@ def test_student_with_a_truncated_shard(place, capsys):
     [
         ('{"messages": [', "bad.jsonl:2"),
         ("", "bad.jsonl:2"),
+        ("[" * 100_000, "bad.jsonl:2: row: not readable as JSON (maximum recursion depth exceeded"),
+        ('{"answer": ' + "1" * 5000 + "}", "bad.jsonl:2: row: not readable as JSON (Exceeds the limit"),
         ({"domain": "math"}, "bad.jsonl:2: messages"),
         ({**GOOD, "messages": []}, "bad.jsonl:2: messages"),
         ({**GOOD, "messages": [{"role": "robot", "content": "x"}]}, "bad.jsonl:2: messages"),

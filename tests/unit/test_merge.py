@@ -284,6 +284,16 @@ def test_a_merge_with_another_coefficient_is_another_run(
     assert not values(three / "runs/merge/model")["w"].equal(before)
 
 
+def test_a_merge_that_holds_nan_is_refused(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path / "x", {"w": torch.ones(3)})
+    broken = checkpoint(tmp_path / "y", {"w": torch.tensor([1.0, torch.nan, 1.0])})
+    with pytest.raises(
+        UserError, match=r"^models: the merge of 'w' holds NaN or infinite values, of .*/x, .*/y"
+    ):
+        average([whole, broken], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pipeline_goes_on_without_an_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Teachers that were given may be of different kinds, which nobody wants to hear after days of training."""
     folder: Any = SimpleNamespace(

@@ -279,6 +279,16 @@ def test_the_base_in_another_type_is_the_base(
         assert row.verdict is Verdict.ok and row.value.endswith(words)
 
 
+def test_a_layer_that_the_base_lacks_is_refused_from_the_files(
+    base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    adapter = copy_of(adapters["attention"][0], tmp_path / "adapter")
+    file = Path(adapter) / "adapter_model.safetensors"
+    tensors = {name.replace(".layers.1.", ".layers.9."): t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "layers.9.self_attn.q_proj.lora_A.weight is for layer 9, which" in refusal(adapter, base)
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq"])
 def test_an_adapter_that_rewrites_its_base_is_refused(
     base: Path, adapters: dict[str, tuple[str, str]], tmp_path: Path, init: str
@@ -383,6 +393,10 @@ def test_adapters_that_are_broken_or_do_nothing(
     silent = copy_of(str(folder), tmp_path / "silent", lora_alpha=0)
     with pytest.raises(UserError, match="it computes what its base"):
         gates(base, math=Teacher(key="teachers.math", path=str(base), adapter=silent))
+    for change in ({"lora_alpha": -8}, {"alpha_pattern": {"q_proj": -1}}):
+        against = copy_of(str(folder), tmp_path / f"against-{len(str(change))}", **change)
+        with pytest.raises(UserError, match=r"=-\d: it would teach the opposite"):
+            gates(base, math=Teacher(key="teachers.math", path=str(base), adapter=against))
     name = sorted(tensors)[0]
     broken = tensors[name].clone()
     broken[0, 0] = torch.nan

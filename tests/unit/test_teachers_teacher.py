@@ -38,6 +38,11 @@ def test_a_server_is_named_by_url_and_model() -> None:
     assert (found.path, found.model, found.name) == ("http://h:8000", "big", "http://h:8000#big")
 
 
+def test_the_student_as_its_own_teacher_needs_no_path() -> None:
+    found = resolve(teachers(math={"self": True}, code={"path": "/c"}), ["math", "code"], "/s")
+    assert (found["math"].path, found["math"].is_student) == ("/s", True)
+
+
 def test_one_domain_alone_needs_its_teacher_alone() -> None:
     both = {"math": {"path": "/m"}, "code": {"path": "/c"}}
     for sections in (both, both | {"default": {"path": "/d"}}):
