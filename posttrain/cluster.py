@@ -103,6 +103,8 @@ def _start_local(cfg: RayConfig) -> None:
             configure_logging=False,
         )
     except Exception as error:
+        if type(error) is not Exception:  # what it refuses of its arguments has a type
+            raise
         ray.shutdown()
         raise UserError(
             f"ray.address=null: Ray does not start on this machine ({' '.join(str(error).split())[:300]}); where it is only"

@@ -94,7 +94,7 @@ def to_object(command: str, config: DictConfig) -> RunConfig:
     for prefix in [name for name in config if name in ("sft", "rl", "mopd")]:
         _to_object(config[prefix], prefix=f"{prefix}.")  # names the stage in the message
     cfg = cast(RunConfig, _to_object(config))
-    require(0 <= cfg.seed < 2**32, "seed", cfg.seed, "give a whole number from 0 to 4294967295")
+    require(0 <= cfg.seed < 2**31, "seed", cfg.seed, "give a whole number from 0 to 2147483647")
     return cfg
 
 

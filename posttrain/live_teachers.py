@@ -145,7 +145,7 @@ class LiveTeachers:
         changed = {d for d in new if self._is_other(d, new[d], fingerprints[d])}
         if not changed:
             return changed
-        _check_in_place({d: t for d, t in self._in_use.items() if d not in changed}, self._fingerprints)
+        _check_in_place(self._in_use, self._fingerprints)  # the way back, too
         former = dict(self._in_use)
         self._load(former | {d: new[d] for d in changed}, former)
         self.version += 1

@@ -127,12 +127,13 @@ def _weighted_sum(name: str, entries: list[TensorEntry], weights: list[float], d
     from safetensors import safe_open
 
     total: torch.Tensor | None = None
+    first = torch.zeros(0)
     dtype = torch.float32
     for entry, weight in zip(entries, weights, strict=True):
         with safe_open(entry.file, framework="pt") as file:
             tensor = file.get_tensor(name)
         if total is None:
-            dtype = tensor.dtype
+            first, dtype = tensor, tensor.dtype
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             total = tensor.to(wide) * weight if tensor.is_floating_point() else tensor
         elif tensor.is_floating_point() and total.is_floating_point():
@@ -142,13 +143,16 @@ def _weighted_sum(name: str, entries: list[TensorEntry], weights: list[float], d
                 f"models={str(entry.file.parent)!r}: integer tensor {name!r} differs; such tensors cannot be merged"
             )
     assert total is not None
-    if total.is_floating_point() and not total.isfinite().all():
+    if not total.is_floating_point():
+        return total
+    result = (total / divisor).to(dtype)
+    if (~result.isfinite() & (result.isnan() | ~first.isinf())).any():  # a mask of -inf may stay one
         where = ", ".join(sorted({str(entry.file.parent) for entry in entries}))
         raise UserError(
             f"models: the merge of {name!r} holds NaN or infinite values, of {where}; look for the damaged one"
             " (`posttrain doctor teachers` names it) and leave it out"
         )
-    return (total / divisor).to(dtype) if total.is_floating_point() else total
+    return result
 
 
 def _write_index(folder: Path, tensors: dict[str, TensorEntry], shards: dict[str, list[str]]) -> None:

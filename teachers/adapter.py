@@ -29,8 +29,8 @@ REFUSED = (
     "trainable_token_indices",
     "layer_replication",
 )  # they replace parts of the base
-# Initialisations that change the base's own weights, or say that the adapter is no plain product of two matrices.
-REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
+# Initialisations that change the base's own weights.
+REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # Settings that may be on: where and how large the matrices are, how they were initialised, what only training reads. Each
 # other one that is on makes PEFT compute something else, which scoring would not know or other adapters would feel.
 KNOWN = {
@@ -109,6 +109,11 @@ def check_adapter(adapter: str, base: str, key: str) -> None:
             f"{key}={adapter!r}: {unknown[0]}={config[unknown[0]]!r} in {CONFIG}: a kind of LoRA that is not scored with (plain,"
             " rsLoRA and DoRA are); merge it into a checkpoint and give that as path"
         )
+    for name, alpha in _alphas(config).items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise UserError(
+                f"{key}={adapter!r}: {name}={alpha!r} in {CONFIG}: a number is needed; save it again"
+            )
     if whole := sorted(name for name in tensors if ".lora_" not in name):
         raise UserError(
             f"{key}={adapter!r}: {whole[0]} is a weight of the base itself, which other adapters share; save the adapter"
@@ -145,7 +150,7 @@ def adapter_row(subject: Subject, base: str) -> GateRow:
             f"it was trained on {named!r}, whose weights are not those of {base!r}",
             f"give {teacher.key}.path={named}",
         )
-    alphas = {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
+    alphas = _alphas(config)
     if negative := {name: alpha for name, alpha in alphas.items() if alpha < 0}:
         return subject.red(
             "adapter",
@@ -191,6 +196,10 @@ def _is_base(named: str, base: str, key: str) -> bool | None:
     if report.not_read or not same_shapes:  # quantized, padded: another form, perhaps of the same weights
         return None
     return report.is_student
+
+
+def _alphas(config: dict[str, Any]) -> dict[str, Any]:
+    return {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
 
 
 def _check_layers(tensors: dict[str, TensorEntry], adapter: str, base: str, key: str) -> None:

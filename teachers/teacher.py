@@ -75,10 +75,13 @@ def owners(teachers: Mapping[str, TeacherConfig], domains: Iterable[str]) -> dic
 
 
 def build(owner: str, cfg: TeacherConfig, student_path: str | None) -> Teacher:
-    """The teacher of the section ``teachers.<owner>``. An adapter without path sits on ``student_path``, and with ``self`` it
-    is the path."""
+    """The teacher of the section ``teachers.<owner>``. An adapter without path sits on ``student_path``."""
     key = f"teachers.{owner}"
-    if cfg.path is None and (not (cfg.adapter or cfg.self) or student_path is None):
+    if cfg.path is None and cfg.self and cfg.adapter is None and student_path is not None:
+        raise UserError(
+            f"{key}.path=None: the student as its own teacher needs its path too; give {key}.path={student_path}"
+        )
+    if cfg.path is None and (cfg.adapter is None or student_path is None):
         raise _no_teacher(owner)
     path = cfg.path if cfg.path is not None else str(student_path)
     if cfg.backend is TeacherBackend.server:

@@ -87,6 +87,7 @@ class TeacherWorker:
             "device": self.device,
             "paths": [backend.path for backend in self.backends.values()],
             "adapters": [teacher.adapter for teacher in teachers.values() if teacher.adapter],
+            "mixed": [teacher.adapter for key, teacher in teachers.items() if self._can_mix(key, teacher)],
         }
         if signal == "full":
             row["heads"] = {key: _digest(self.head(key, teacher)) for key, teacher in teachers.items()}
@@ -138,12 +139,16 @@ class TeacherWorker:
         common: dict[str, list[int]] = defaultdict(list)
         alone = []
         for i, task in enumerate(tasks):
-            adapters = getattr(self._hold(task.key, task.teacher), "adapters", None)
-            if adapters and (task.teacher.adapter is None or adapters.can_mix(task.key)):
+            holds_adapters = hasattr(self._hold(task.key, task.teacher), "adapters")
+            if holds_adapters and (task.teacher.adapter is None or self._can_mix(task.key, task.teacher)):
                 common[base_of(task.key)].append(i)
             else:
                 alone.append([i])
         return [*common.values(), *alone]
+
+    def _can_mix(self, key: str, teacher: Teacher) -> bool:
+        adapters = getattr(self.backends[base_of(key)], "adapters", None)
+        return teacher.adapter is not None and adapters is not None and adapters.can_mix(key)
 
     def _score(
         self, scored: list[tuple[ScoringTask, Rollout]], is_mixed: bool, signal: str, top_k: int

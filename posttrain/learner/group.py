@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from posttrain.config import Dtype, LearnerConfig, ModelConfig, UserError
 from posttrain.learner.actor import actor_class
 from posttrain.learner.batching import RankBatch, plan
 from posttrain.learner.errors import NonFiniteRouterError, RecordError
 from posttrain.records import LossSettings, PolicyInfo, SampleRef, TrainingSample
+
+# A process that was killed, by the kernel or by Ray's memory monitor.
+DEATHS = (RayActorError, OutOfMemoryError)
+DEATH_KNOWN_S = 10.0  # until Ray has noticed
 
 
 class LearnerGroup:
@@ -182,15 +186,20 @@ class LearnerGroup:
         except RayTaskError as error:
             if isinstance(error.cause, UserError | RecordError | NonFiniteRouterError):
                 raise error.cause from error
+            if death := _find_death(calls):  # the others fail too, when the connection to the dead one breaks
+                raise self._died(death) from error
             raise
-        except RayActorError as error:  # a rank was killed, or the machine had no memory left
-            if error.actor_init_failed:
+        except DEATHS as error:
+            if getattr(error, "actor_init_failed", False):
                 raise
-            raise UserError(
-                f"learner.num_ranks={len(self._ranks)}: a learner process died ({str(error).splitlines()[0]}); start the same"
-                " command again to resume from the last checkpoint, and if it was memory (`dmesg` names what the kernel"
-                " killed) with a smaller learner.max_tokens_per_micro_batch"
-            ) from error
+            raise self._died(error) from error
+
+    def _died(self, death: BaseException) -> UserError:
+        return UserError(
+            f"learner.num_ranks={len(self._ranks)}: a learner process died ({str(death).splitlines()[0]}); start the same"
+            " command again to resume from the last checkpoint, and if it was memory (`dmesg` names what the kernel"
+            " killed) with a smaller learner.max_tokens_per_micro_batch"
+        )
 
     # ---- plans ----
 
@@ -209,6 +218,18 @@ class LearnerGroup:
             )
             for micro_batches in self._plan([sample.num_tokens for sample in samples])
         ]
+
+
+def _find_death(calls: list[Any]) -> BaseException | None:
+    """What killed a rank, among calls of which one failed; a dead process is known within seconds."""
+    for call in calls:
+        try:  # each of the ranks
+            ray.get(call, timeout=DEATH_KNOWN_S / len(calls))
+        except DEATHS as error:
+            return error
+        except (RayError, GetTimeoutError):
+            continue
+    return None
 
 
 def is_window_end(learner: LearnerGroup, step: int, last_step: int, metrics: Mapping[str, float]) -> bool:

@@ -229,9 +229,13 @@ def average_merge(folder: RunFolder, teachers: list[str]) -> str | None:
     other settings, quantized): teachers that were given need not be of one kind, and the run has its student."""
     try:
         check_layout({f"teachers.{i}": path for i, path in enumerate(teachers)})
+        return _average_merge(folder, teachers)
     except UserError as error:
         print(f"average_merge: left out, because the teachers have no average ({error})", flush=True)
         return None
+
+
+def _average_merge(folder: RunFolder, teachers: list[str]) -> str:
     merged = folder.path / "average_merge"
     inputs = [fingerprint(path, "teachers") for path in teachers]
     if folder.read_json("average_merge.json") != inputs:

@@ -95,7 +95,7 @@ def test_missing_key(place, capsys):
 def test_mistyped_key_and_value(place, capsys):
     assert rl(capsys, "learner.lrr=1") == "learner.lrr=1: no such key; did you mean learner.lr?"
     assert rl(capsys, "learner.lr=fast") == "learner.lr=fast: a number is needed"
-    assert rl(capsys, "seed=-1") == "seed=-1: give a whole number from 0 to 4294967295"
+    assert rl(capsys, "seed=-1") == "seed=-1: give a whole number from 0 to 2147483647"
     assert rl(capsys, "algorithm.advantage=gppo").startswith(
         "algorithm.advantage=gppo: choose grpo, dr_grpo or rloo"
     )

@@ -237,6 +237,16 @@ def test_a_swap_takes_no_changed_files_of_another_domain_with_it(world: World) -
     assert world.held == {"math": "a", "code": "c"} and world.live.version == 2
 
 
+def test_no_swap_away_from_files_that_changed(world: World) -> None:
+    """Where the new teacher does not load, the former one would, with its new weights."""
+    world.check()
+    change_in_place(world.root / "a")
+    world.pool.broken = {"b"}
+    with pytest.raises(UserError, match=r"/a': it changed in place since this run took it"):
+        world.live.set_teachers({"math": TeacherConfig(path=f"{world.root}/b")}, 3)
+    assert world.held["math"] == "a" and world.live.version == 1
+
+
 @pytest.mark.parametrize("changed", ["a", "student"])
 def test_no_way_back_to_files_that_changed(world: World, changed: str) -> None:
     world.check()

@@ -172,6 +172,7 @@ def test_worker_holds_one_base_for_all(base: Path, adapters: dict[str, tuple[str
     keys = {teacher_fingerprint(t): t for t in teachers}
     assert len(keys) == 4
     row = worker.set_teachers(keys)
+    assert row["mixed"] == [adapters["attention"][0]]
     assert row["paths"] == [str(base)] and len(row["adapters"]) == 3
     assert len(worker.backends) == 1
     row = worker.set_teachers(dict(list(keys.items())[:1]))
@@ -393,6 +394,9 @@ def test_adapters_that_are_broken_or_do_nothing(
     silent = copy_of(str(folder), tmp_path / "silent", lora_alpha=0)
     with pytest.raises(UserError, match="it computes what its base"):
         gates(base, math=Teacher(key="teachers.math", path=str(base), adapter=silent))
+    for wrong in (None, "16", True):
+        text = copy_of(str(folder), tmp_path / f"text-{wrong}", lora_alpha=wrong)
+        assert f"lora_alpha={wrong!r} in adapter_config.json: a number is needed" in refusal(text, base)
     for change in ({"lora_alpha": -8}, {"alpha_pattern": {"q_proj": -1}}):
         against = copy_of(str(folder), tmp_path / f"against-{len(str(change))}", **change)
         with pytest.raises(UserError, match=r"=-\d: it would teach the opposite"):

@@ -38,11 +38,6 @@ def test_a_server_is_named_by_url_and_model() -> None:
     assert (found.path, found.model, found.name) == ("http://h:8000", "big", "http://h:8000#big")
 
 
-def test_the_student_as_its_own_teacher_needs_no_path() -> None:
-    found = resolve(teachers(math={"self": True}, code={"path": "/c"}), ["math", "code"], "/s")
-    assert (found["math"].path, found["math"].is_student) == ("/s", True)
-
-
 def test_one_domain_alone_needs_its_teacher_alone() -> None:
     both = {"math": {"path": "/m"}, "code": {"path": "/c"}}
     for sections in (both, both | {"default": {"path": "/d"}}):
@@ -65,6 +60,7 @@ def test_one_domain_alone_needs_its_teacher_alone() -> None:
     [
         ({"math": {"path": "/m"}}, "teachers.code.path=None: prompts of domain 'code' have no teacher; give teachers.code.path=DIR, or teachers.default.path=DIR"),
         ({"math": {"path": "/m"}, "code": {}}, "teachers.code.path=None: prompts of domain 'code' have no teacher"),
+        ({"math": {"path": "/m"}, "code": {"self": True}}, "teachers.code.path=None: the student as its own teacher needs its path too; give teachers.code.path=/s"),
         ({"math": {"path": "/m"}, "code": {"path": "/c"}, "law": {"path": "/l"}}, "teachers.law.path='/l': no prompt belongs to domain 'law' (there are code, math)"),
         ({"math": {"path": "/m"}, "code": {"path": "/c"}, "default": {"path": "/d"}}, "teachers.default.path='/d': every domain (code, math) has a teacher of its own"),
         ({"default": {"path": "http://h:1"}}, "teachers.default.path='http://h:1': a URL; set teachers.default.backend=server"),
