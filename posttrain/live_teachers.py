@@ -298,8 +298,8 @@ class LiveTeachers:
 
 
 def _check_in_place(teachers: Mapping[str, Teacher], fingerprints: Mapping[str, str]) -> None:
-    """Raises `UserError` when the files of a teacher that stays are no longer those that this run took: whatever loads one
-    teacher looks at the files of all."""
+    """Raises `UserError` when the files of one of them are no longer those that this run took: whatever loads one teacher
+    looks at the files of all."""
     for domain, teacher in teachers.items():
         if teacher_fingerprint(teacher) != fingerprints[domain]:
             raise UserError(

@@ -35,20 +35,12 @@ REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # other one that is on makes PEFT compute something else, which scoring would not know or other adapters would feel.
 KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "revision", "task_type"),
-    *(
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "lora_bias",
-    ),
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "inference_mode"),
     *("bias", "modules_to_save", "trainable_token_indices", "layer_replication"),  # by what they are set to
     *("fan_in_fan_out", "ensure_weight_tying", "megatron_core", "qalora_group_size", "runtime_config"),
+    "lora_bias",
 }
 
 

@@ -87,7 +87,6 @@ class TeacherWorker:
             "device": self.device,
             "paths": [backend.path for backend in self.backends.values()],
             "adapters": [teacher.adapter for teacher in teachers.values() if teacher.adapter],
-            "mixed": [teacher.adapter for key, teacher in teachers.items() if self._can_mix(key, teacher)],
         }
         if signal == "full":
             row["heads"] = {key: _digest(self.head(key, teacher)) for key, teacher in teachers.items()}
@@ -139,23 +138,18 @@ class TeacherWorker:
         common: dict[str, list[int]] = defaultdict(list)
         alone = []
         for i, task in enumerate(tasks):
-            holds_adapters = hasattr(self._hold(task.key, task.teacher), "adapters")
-            if holds_adapters and (task.teacher.adapter is None or self._can_mix(task.key, task.teacher)):
+            adapters = getattr(self._hold(task.key, task.teacher), "adapters", None)
+            if adapters is not None and (task.teacher.adapter is None or adapters.can_mix(task.key)):
                 common[base_of(task.key)].append(i)
             else:
                 alone.append([i])
         return [*common.values(), *alone]
-
-    def _can_mix(self, key: str, teacher: Teacher) -> bool:
-        adapters = getattr(self.backends[base_of(key)], "adapters", None)
-        return teacher.adapter is not None and adapters is not None and adapters.can_mix(key)
 
     def _score(
         self, scored: list[tuple[ScoringTask, Rollout]], is_mixed: bool, signal: str, top_k: int
     ) -> list[TokenScores]:
         """Scores of each rollout by the teacher beside it: one teacher, or several that are mixed."""
         task, _ = scored[0]
-        # Of one teacher as of several; its adapter, if any, is put on for all rows or for its own.
         backend = self._hold(task.key, task.teacher) if is_mixed else self._backend(task.key, task.teacher)
         adapters = [task.key if task.teacher.adapter else None for task, _ in scored]
         return backend.score(

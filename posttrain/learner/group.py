@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from posttrain.config import Dtype, LearnerConfig, ModelConfig, UserError
 from posttrain.learner.actor import actor_class
@@ -225,10 +225,10 @@ def _find_death(calls: list[Any]) -> BaseException | None:
     for call in calls:
         try:  # each of the ranks
             ray.get(call, timeout=DEATH_KNOWN_S / len(calls))
+        except (RayTaskError, GetTimeoutError):  # it lives, whatever died that it asked
+            continue
         except DEATHS as error:
             return error
-        except (RayError, GetTimeoutError):
-            continue
     return None
 
 

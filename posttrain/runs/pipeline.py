@@ -32,7 +32,7 @@ from posttrain.data.sources import load_prompts
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.engines import Engines
 from posttrain.lineage import ancestry
-from posttrain.merge import average, check_layout
+from posttrain.merge import average
 from posttrain.records import Prompt
 from posttrain.report.picture import draw_summary
 from posttrain.report.summary import (
@@ -227,20 +227,15 @@ def given_teacher(domain: str, teacher: TeacherConfig, path: str, start: str) ->
 def average_merge(folder: RunFolder, teachers: list[str]) -> str | None:
     """The parameter average of the teachers, made anew when a teacher changed; None where they have none (other shapes,
     other settings, quantized): teachers that were given need not be of one kind, and the run has its student."""
-    try:
-        check_layout({f"teachers.{i}": path for i, path in enumerate(teachers)})
-        return _average_merge(folder, teachers)
-    except UserError as error:
-        print(f"average_merge: left out, because the teachers have no average ({error})", flush=True)
-        return None
-
-
-def _average_merge(folder: RunFolder, teachers: list[str]) -> str:
     merged = folder.path / "average_merge"
     inputs = [fingerprint(path, "teachers") for path in teachers]
     if folder.read_json("average_merge.json") != inputs:
         shutil.rmtree(merged, ignore_errors=True)
-        average(teachers, str(merged))
+        try:
+            average(teachers, str(merged))
+        except UserError as error:
+            print(f"average_merge: left out, because the teachers have no average ({error})", flush=True)
+            return None
         folder.write_json("average_merge.json", inputs)
     return str(merged)
 

@@ -172,7 +172,6 @@ def test_worker_holds_one_base_for_all(base: Path, adapters: dict[str, tuple[str
     keys = {teacher_fingerprint(t): t for t in teachers}
     assert len(keys) == 4
     row = worker.set_teachers(keys)
-    assert row["mixed"] == [adapters["attention"][0]]
     assert row["paths"] == [str(base)] and len(row["adapters"]) == 3
     assert len(worker.backends) == 1
     row = worker.set_teachers(dict(list(keys.items())[:1]))
