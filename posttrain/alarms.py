@@ -20,6 +20,7 @@ FIRST_STEPS = 10  # that make a Drift's own band
 RECENT_STEPS = 3  # whose mean is compared with it: one odd batch is no drift
 STARVING_SHARE = 0.25  # of what a domain should have
 STARVING_STEPS = 5  # in a row
+TAUGHT_SHARE = 0.1  # of a domain's first gaps to its teacher: with less left it has little to move, and starves of nothing
 QUIET_STEPS = 20  # between two early warnings of one name
 
 
@@ -143,6 +144,7 @@ class Alarms:
         self._drifts = drifts
         self._own: dict[str, _Own] = {}
         self._hungry: dict[str, int] = {}  # domain -> steps in a row below its share
+        self._first_gaps: dict[str, list[float]] = {}  # domain -> mean |log-ratio| to its teacher
         self._sounding: set[str] = set()
         self._num_checks = 0
         self._last_warning: dict[str, int] = {}  # name -> check at which it last sounded
@@ -211,7 +213,9 @@ class Alarms:
                 continue
             due = metrics.get(f"share/target/{domain}", share)
             got = metrics.get(f"share/gradient/{domain}", 0.0)
-            hungry = self._hungry.get(domain, 0) + 1 if got < STARVING_SHARE * due else 0
+            is_taught = self._is_taught(domain, metrics)
+            is_hungry = got < STARVING_SHARE * due and not is_taught
+            hungry = self._hungry.get(domain, 0) + 1 if is_hungry else 0
             self._hungry[domain] = hungry
             starving = Trouble(
                 name="starving_domain",
@@ -220,9 +224,20 @@ class Alarms:
                 low=STARVING_SHARE * due,
                 hint=f"it should be near {due:.3g}, {hungry} steps in a row: the domain"
                 " starves; algorithm.aggregation=token_mean_balanced gives it its share of the tokens, gap_following=true"
-                " follows its gap; no harm if it has reached its teacher or solves its prompts",
+                " follows its gap; no harm if it solves its prompts",
             )
             yield f"starving/{domain}", starving if hungry >= STARVING_STEPS else None
+
+    def _is_taught(self, domain: str, metrics: Mapping[str, float]) -> bool:
+        """Whether the gap to the domain's teacher has closed. Without a teacher, or in the first steps: no."""
+        gap = metrics.get(f"{domain}/teacher_abs")
+        if gap is None:
+            return False
+        first = self._first_gaps.setdefault(domain, [])
+        if len(first) < FIRST_STEPS:
+            first.append(gap)
+            return False
+        return gap < TAUGHT_SHARE * sum(first) / FIRST_STEPS
 
 
 def _rank(trouble: Trouble | None) -> tuple[bool, float]:

@@ -221,8 +221,8 @@ def kl_row(subject: Subject, gaps: np.ndarray, limit: float, cosine: float | Non
         return subject.red("initial_kl", value, problem, way_out, mean)
     if not mean <= limit:
         problem = (
-            f"mean |log-ratio| (each at most {MAX_GAP:g}) to the student on its own samples is {mean:.3f}, above"
-            f" teacher_workers.max_initial_kl={limit:g}"
+            f"mean |log-ratio| (each at most {MAX_GAP:g}) to the student on its own samples is {mean:.3f}"
+            f" ({gaps.size:,} tokens), above teacher_workers.max_initial_kl={limit:g}"
         )
         way_out = "choose a teacher of this student's family or raise the limit"
         return subject.red("initial_kl", value, problem, way_out, mean)

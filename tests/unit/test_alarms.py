@@ -116,6 +116,17 @@ def test_who_does_not_starve() -> None:
     assert sounded([{"share/prompts/math": 1.0}] * 10) == [], "no gradient at all is another trouble"
 
 
+def test_a_domain_that_has_reached_its_teacher_does_not_starve() -> None:
+    """Little is left to move there. A gap that stays, or comes again, starves."""
+    far, near, half = (shares(0.01, **{"math/teacher_abs": gap}) for gap in (0.4, 0.03, 0.2))
+    fed = shares(0.2, **{"math/teacher_abs": 0.4})
+    assert sounded([fed] * FIRST_STEPS + [near] * 10) == []
+    for hungry in (far, half):
+        found = sounded([*[fed] * FIRST_STEPS, *[near] * 10, *[hungry] * 10])
+        assert [(i, name) for i, name, _ in found] == [(FIRST_STEPS + 9 + STARVING_STEPS, "starving_domain")]
+    assert [i for i, _, _ in sounded([far] * 10)] == [STARVING_STEPS - 1], "hungry from the first step on"
+
+
 def test_a_target_share_counts_instead_of_the_prompts() -> None:
     assert sounded([shares(0.01, **{"share/target/math": 0.02})] * 10) == []
     found = sounded([shares(0.1, **{"share/target/math": 0.5})] * 10)

@@ -397,6 +397,6 @@ def test_a_sure_teacher_is_not_hopeless() -> None:
     row = preflight.kl_row(subject, hopeless, limit, 1.0, is_start=True)
     assert (
         row.verdict is Verdict.red
-        and "(each at most 5) to the student on its own samples is 4.000" in row.problem
+        and "(each at most 5) to the student on its own samples is 4.000 (100 tokens)" in row.problem
     )
     assert preflight.kl_row(subject, hopeless * np.nan, limit, 1.0, is_start=True).verdict is Verdict.red
