@@ -32,6 +32,11 @@ IDENTITY = (
     *("method", "models", "base", "coefficient", "coefficients"),  # of a merge
 )
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "model", "finished.json")
+# What a start leaves that ended before its first step; only then is metrics.jsonl empty.
+START_FILES = (
+    *("config.yaml", "manifest.json", "lock", "metrics.jsonl", "events.jsonl"),
+    *("preflight.json", "teachers.json", "wandb", "wandb_id"),
+)
 
 _locks: dict[Path, Any] = {}  # lock files of this process, by run folder
 
@@ -57,7 +62,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, cfg: RunConfig) -> RunFolder:
-        """Create the folder of a run, or go on in it. Prints one line when it resumes.
+        """Create the folder of a run, or go on in it. Prints one line when it resumes. What a start left that ended
+        before its first step, for other keys or weights, is moved aside.
 
         Raises:
             UserError: the folder belongs to another run, another process works in it, or it cannot be written.
@@ -72,12 +78,18 @@ class RunFolder:
                 f"runs_dir={cfg.runs_dir!r}: {path} cannot be written ({error.strerror})"
             ) from error
         folder = cls(path, cfg)
+        _check_inputs(path, cfg)
         if cfg.fresh:
             _move_aside(path, cfg)
-        _check_inputs(path, cfg)
-        _check_same_run(path, cfg)
+        fingerprints = _fingerprints(cfg)
+        if problem := _find_other_run(path, cfg) or _find_other_weights(path, cfg, fingerprints):
+            if not _has_only_begun(path):
+                raise UserError(problem)
+            _move_aside(path, cfg)
+        if isinstance(cfg, PipelineRun):
+            check_steps(path, cfg)
         _check_steps_to_go(path, cfg)
-        folder._begin(cfg)
+        folder._begin(cfg, fingerprints)
         return folder
 
     @property
@@ -167,19 +179,9 @@ class RunFolder:
 
     # The start ------------------------------------------------------------------------------------------------
 
-    def _begin(self, cfg: RunConfig) -> None:
-        """Compare the checkpoints' fingerprints with the former ones; write config.yaml and manifest.json.
-
-        A run that is finished, and will not go on, keeps its own.
-        """
-        fingerprints = _fingerprints(cfg)
+    def _begin(self, cfg: RunConfig, fingerprints: dict[str, str]) -> None:
+        """Write config.yaml and manifest.json. A run that is finished, and will not go on, keeps its own."""
         former = self.read_json("manifest.json")
-        for key, value in (former or {}).get("fingerprints", {}).items():
-            if key in fingerprints and fingerprints[key] != value:
-                raise UserError(
-                    f"{key}={_value(cfg, key)!r}: its weights changed since this run began in {self.path};"
-                    " choose another name=, or start over with fresh=true"
-                )
         changed = ", ".join(_changes(self.path, cfg)) if former is not None else ""
         if self._steps is not None and self.finished:  # the record stays that of the run that made the model
             if changed:
@@ -215,7 +217,12 @@ def check_folder(cfg: RunConfig) -> str:
     if cfg.fresh:
         former = ", what is there is moved aside" if any((path / name).exists() for name in RUN_FILES) else ""
         return f"{path}: would begin{former} (fresh=true)"
-    _check_same_run(path, cfg)
+    if problem := _find_other_run(path, cfg):
+        if not _has_only_begun(path):
+            raise UserError(problem)
+        return f"{path}: would begin, what a start left there that ended before its first step is moved aside"
+    if isinstance(cfg, PipelineRun):
+        check_steps(path, cfg)
     _check_steps_to_go(path, cfg)
     if not (path / "config.yaml").exists():
         return f"{path}: would begin"
@@ -318,25 +325,47 @@ def _check_inputs(path: Path, cfg: RunConfig) -> None:
             )
 
 
-def _check_same_run(path: Path, cfg: RunConfig) -> None:
+def _find_other_run(path: Path, cfg: RunConfig) -> str | None:
+    """What says that ``path`` is the folder of another run, with the way out."""
     way_out = f"choose another name= than {cfg.name!r}, or start over with fresh=true"
     config, record = path / "config.yaml", path / "manifest.json"
     if not (config.exists() and record.exists()):
         if found := [name for name in RUN_FILES[2:] if (path / name).exists()]:
-            raise UserError(f"name={cfg.name!r}: {path} holds {found[0]} but no config.yaml; {way_out}")
-        return
+            return f"name={cfg.name!r}: {path} holds {found[0]} but no config.yaml; {way_out}"
+        return None
     former, now = yaml.safe_load(config.read_text()), plain(cfg)
     command = json.loads(record.read_text())["command"]
     if command != command_of(cfg):
-        raise UserError(
-            f"name={cfg.name!r}: {path} is the folder of another run (`posttrain {command}`); {way_out}"
-        )
+        return f"name={cfg.name!r}: {path} is the folder of another run (`posttrain {command}`); {way_out}"
     for key in IDENTITY:
         if key in now and _identity(now[key]) != _identity(former.get(key)):
             where, old, new = _first_difference(key, _identity(former.get(key)), _identity(now[key]))
-            raise UserError(f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}; {way_out}")
-    if isinstance(cfg, PipelineRun):
-        check_steps(path, cfg)
+            return f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}; {way_out}"
+    return None
+
+
+def _find_other_weights(path: Path, cfg: RunConfig, fingerprints: dict[str, str]) -> str | None:
+    """The first checkpoint that is not what it was when the run of ``path`` began, with the way out."""
+    record = path / "manifest.json"
+    former = json.loads(record.read_text()).get("fingerprints", {}) if record.exists() else {}
+    for key, value in former.items():
+        if key in fingerprints and fingerprints[key] != value:
+            return (
+                f"{key}={_value(cfg, key)!r}: its weights changed since this run began in {path};"
+                " choose another name=, or start over with fresh=true"
+            )
+    return None
+
+
+def _has_only_begun(path: Path) -> bool:
+    """Whether all that lies there, in the folders of stages too, is of starts that ended before their first step."""
+    for entry in path.iterdir():
+        if entry.is_dir() and entry.name != "wandb":
+            if not _has_only_begun(entry):
+                return False
+        elif entry.name not in START_FILES or (entry.name == "metrics.jsonl" and entry.stat().st_size):
+            return False
+    return True
 
 
 def _check_steps_to_go(path: Path, cfg: RunConfig) -> None:

@@ -241,7 +241,9 @@ def test_checkpoint_of_another_model(place, capsys):
 
 def test_teacher_whose_weights_changed_since_the_run_began(place, capsys):
     teacher = "teachers.math.path=models/teacher"
-    RunFolder.open(compose("mopd", [*base(), "name=distil", teacher])[1]).close()
+    folder = RunFolder.open(compose("mopd", [*base(), "name=distil", teacher])[1])
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    folder.close()
     tiny_teacher(place / "models/student", place / "models/later", seed=1)
     shutil.copy("models/later/model.safetensors", "models/teacher/model.safetensors")
     found = refused(capsys, "mopd", *base(), "name=distil", teacher)

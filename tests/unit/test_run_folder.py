@@ -1,11 +1,10 @@
-"""The run folder: whose it is, what a crash leaves, resume and fresh, full and damaged disks."""
+"""The run folder: what a crash leaves, resume, full and damaged disks."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -18,6 +17,7 @@ from posttrain import disk, manifest, run_folder
 from posttrain.compose import compose
 from posttrain.config import UserError
 from posttrain.run_folder import RunFolder, find_damage
+from tests.unit.run_folders import contents, run_configs, write_weights
 
 
 @pytest.fixture(autouse=True)
@@ -27,30 +27,8 @@ def no_checkpoints_to_hash(monkeypatch):
 
 @pytest.fixture
 def make(tmp_path):
-    def config(command="sft", *overrides):
-        return compose(
-            command, ["model.path=/m", "data.path=/d.jsonl", f"runs_dir={tmp_path}", "name=run", *overrides]
-        )[1]
-
-    yield config
-    for path in list(run_folder._locks):
-        run_folder._locks.pop(path).close()
-
-
-def write_weights(text: str):
-    def write(folder: Path) -> None:
-        (folder / "rank_0").mkdir()
-        (folder / "rank_0" / "weights.bin").write_text(text)
-
-    return write
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(path)): p.read_bytes()
-        for p in sorted(path.rglob("*"))
-        if p.is_file() and p.name != "lock"
-    }
+    with run_configs(tmp_path) as make:
+        yield make
 
 
 def test_a_new_folder_has_config_and_manifest(make):
@@ -207,60 +185,6 @@ def test_full_disk_at_the_pointer(make, monkeypatch):
     assert folder.latest().step == 1
 
 
-@pytest.mark.parametrize(
-    ("command", "override", "expected"),
-    [
-        ("rl", "seed=0", r"the folder of another run \(`posttrain sft`\)"),
-        (
-            "sft",
-            "model.path=/other",
-            r"model\.path='/other': .* is the folder of a run with model\.path='/m'",
-        ),
-        (
-            "sft",
-            "data.path=/e.jsonl",
-            r"data\.path='/e\.jsonl': .* is the folder of a run with data\.path='/d\.jsonl'",
-        ),
-        ("sft", "seed=3", r"seed=3: "),
-    ],
-)
-def test_the_folder_of_another_run_is_refused_and_untouched(make, command, override, expected):
-    folder = RunFolder.open(make())
-    folder.save(1, write_weights("one"), {})
-    before = contents(folder.path)
-    with pytest.raises(UserError, match=expected) as error:
-        RunFolder.open(make(command, override))
-    assert "fresh=true" in str(error.value) and "\n" not in str(error.value)
-    assert contents(folder.path) == before
-
-
-def test_other_settings_may_change_on_resume(make, capsys):
-    RunFolder.open(make()).save(1, write_weights("one"), {})
-    folder = RunFolder.open(make("sft", "learner.lr=1e-3", "algorithm.steps=500"))
-    assert folder.latest().step == 1
-    assert "learner.lr" in capsys.readouterr().out
-
-
-def test_fresh_moves_the_old_run_aside_but_not_what_it_reads(make, tmp_path, capsys):
-    inputs = tmp_path / "run" / "inputs"
-    inputs.mkdir(parents=True)
-    (inputs / "d.jsonl").write_text("{}")
-    own = f"data.path={inputs / 'd.jsonl'}"
-    RunFolder.open(make("sft", own)).save(1, write_weights("one"), {})
-    folder = RunFolder.open(make("rl", own, "fresh=true"))
-    (old,) = tmp_path.glob("run.old-*")
-    assert (old / "checkpoints" / "step_1" / "state.json").exists() and (old / "config.yaml").exists()
-    assert (inputs / "d.jsonl").exists() and folder.latest() is None
-    assert str(old) in capsys.readouterr().out
-    assert yaml.safe_load((folder.path / "config.yaml").read_text())["fresh"] is False
-
-
-def test_files_that_a_run_would_write_but_no_config(make, tmp_path):
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds model but no config\.yaml"):
-        RunFolder.open(make())
-
-
 def test_a_run_does_not_overwrite_the_model_it_reads(make, tmp_path):
     with pytest.raises(UserError, match=r"model\.path=.*: this run would write its own model there"):
         RunFolder.open(make("sft", f"model.path={tmp_path / 'run' / 'model'}"))
@@ -276,46 +200,6 @@ def test_runs_dir_that_cannot_be_written(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"runs_dir=.* cannot be written"):
         RunFolder.open(make("sft", f"runs_dir={tmp_path / 'file'}"))
-
-
-def test_changed_weights_are_another_run(make, monkeypatch):
-    monkeypatch.setattr(run_folder, "_fingerprints", lambda cfg: {"model.path": "aa"})
-    RunFolder.open(make())
-    monkeypatch.setattr(run_folder, "_fingerprints", lambda cfg: {"model.path": "bb"})
-    with pytest.raises(UserError, match=r"model\.path='/m': its weights changed since this run began"):
-        RunFolder.open(make())
-
-
-def test_fewer_steps_than_the_newest_checkpoint_has_are_refused_with_the_way_back(make):
-    folder = RunFolder.open(make("sft", "algorithm.steps=100"))
-    for step in (50, 72):
-        folder.save(step, write_weights(f"{step}"), {})
-    folder.close()
-    before = contents(folder.path)
-    for ask in (run_folder.check_folder, RunFolder.open):
-        with pytest.raises(
-            UserError, match=r"^algorithm\.steps=60: the newest .* is of step 72; give 72 or more, or write"
-        ) as e:
-            ask(make("sft", "algorithm.steps=60"))
-        run_folder._locks.pop(folder.path, None)
-    assert f"write step_50 into {folder.path}/checkpoints/latest to go back to it" in str(e.value)
-    with pytest.raises(UserError, match="none before it was kept"):
-        run_folder.check_folder(make("sft", "algorithm.steps=40"))
-    assert contents(folder.path) == before
-    (folder.path / "checkpoints" / "latest").write_text("step_50\n")  # what the message says
-    resumed = RunFolder.open(make("sft", "algorithm.steps=60"))
-    assert resumed.latest().step == 50
-    resumed.close()
-    (folder.path / "checkpoints" / "latest").write_text("step_72\n")
-    more = RunFolder.open(make("sft", "algorithm.steps=72"))
-    assert more.latest().step == 72
-    more.close()
-    (folder.path / "finished.json").write_text(
-        '{"steps": 50}'
-    )  # a run that got more steps, and died after 72
-    with pytest.raises(UserError, match=r"the newest checkpoint in .* is of step 72"):
-        run_folder.check_folder(make("sft", "algorithm.steps=60"))
-    run_folder.check_folder(make("sft", "algorithm.steps=50"))  # finished before
 
 
 def test_the_plan_says_where_a_run_would_start(make):
@@ -369,92 +253,6 @@ def test_a_finished_run_keeps_its_record(make, capsys):
     RunFolder.open(make("sft", "algorithm.steps=7", "learner.lr=3e-5"))
     written = yaml.safe_load((folder.path / "config.yaml").read_text())
     assert written["learner"]["lr"] == 3e-5 and "no effect" not in capsys.readouterr().out
-
-
-@pytest.fixture
-def finished_pipeline(make, tmp_path):
-    """A pipeline whose SFT (5 steps) and teachers (math by RL, 7; code by SFT, 4) are finished, and MOPD has begun."""
-    common = ["sft_data.path=/s.jsonl", "teachers.math.train=rl", "teachers.code.train=sft"]
-    common += ["teachers.given.path=/g", "teachers.same.train=none"]
-    former = [
-        "sft.algorithm.steps=5",
-        "rl.algorithm.steps=7",
-        "teachers.code.steps=4",
-        "mopd.algorithm.steps=9",
-    ]
-
-    def open_(*overrides):
-        return RunFolder.open(make("pipeline", *common, *former, *overrides))
-
-    def begin(stage, steps):
-        (tmp_path / "run" / stage).mkdir(parents=True)
-        (tmp_path / "run" / stage / "config.yaml").write_text("{}")
-        if steps:
-            (tmp_path / "run" / stage / "finished.json").write_text(json.dumps({"steps": steps}))
-
-    open_().close()
-    for stage, steps in (("sft", 5), ("teachers/math", 7), ("teachers/code", 4), ("mopd", 9)):
-        begin(stage, steps)
-    return open_
-
-
-@pytest.mark.parametrize(
-    ("key", "new", "old", "stage"),
-    [
-        ("sft.algorithm.steps", 6, 5, "sft"),
-        ("sft.algorithm.steps", 4, 5, "sft"),
-        ("rl.algorithm.steps", 8, 7, "teachers/math"),
-        ("teachers.math.steps", 8, 7, "teachers/math"),
-        ("teachers.code.steps", 5, 4, "teachers/code"),
-    ],
-)
-def test_a_stage_that_later_ones_were_made_from_keeps_its_steps(
-    finished_pipeline, tmp_path, key, new, old, stage
-):
-    before = contents(tmp_path)
-    with pytest.raises(UserError) as error:
-        finished_pipeline(f"{key}={new}")
-    text = str(error.value)
-    assert (
-        text.startswith(f"{key}={new}: {tmp_path}/run/{stage} finished with {old} steps") and "\n" not in text
-    )
-    assert f"{key}={old}" in text and "another name=" in text and "fresh=true" in text
-    assert contents(tmp_path) == before
-    finished_pipeline(f"{key}={old}")
-
-
-def test_stages_that_nothing_was_made_from_may_go_on(finished_pipeline, tmp_path):
-    finished_pipeline("mopd.algorithm.steps=20")
-    shutil.rmtree(tmp_path / "run" / "mopd")
-    finished_pipeline("rl.algorithm.steps=20", "teachers.code.steps=20")
-    with pytest.raises(UserError, match=r"sft\.algorithm\.steps=6: .* and teachers/code was trained from"):
-        finished_pipeline("sft.algorithm.steps=6")
-    shutil.rmtree(tmp_path / "run" / "teachers")
-    finished_pipeline("sft.algorithm.steps=6")
-
-
-def test_a_student_that_the_second_round_was_made_from_keeps_its_steps(finished_pipeline, tmp_path):
-    finished_pipeline("rounds=2", "mopd.algorithm.steps=9")
-    begun = tmp_path / "run" / "round2" / "teachers" / "math"
-    begun.mkdir(parents=True)
-    (begun / "config.yaml").write_text("{}")
-    found = (
-        r"mopd\.algorithm\.steps=20: .*run/mopd finished with 9 steps and round2/teachers/math was trained"
-    )
-    with pytest.raises(UserError, match=found):
-        finished_pipeline("rounds=2", "mopd.algorithm.steps=20")
-    finished_pipeline("rounds=2")
-    (begun / "finished.json").write_text('{"steps": 7}')
-    student = tmp_path / "run" / "round2" / "mopd"
-    student.mkdir()
-    (student / "config.yaml").write_text("{}")
-    with pytest.raises(UserError, match=r"rl\.algorithm\.steps=8: .*run/teachers/math finished with 7 steps"):
-        finished_pipeline("rounds=2", "rl.algorithm.steps=8")
-
-
-def test_a_pipeline_with_other_steps_starts_over(finished_pipeline, tmp_path):
-    finished_pipeline("sft.algorithm.steps=6", "fresh=true")
-    assert not (tmp_path / "run" / "sft").exists()
 
 
 def test_manifest_names_what_the_run_was_made_from(make, tmp_path, monkeypatch):
