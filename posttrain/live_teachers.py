@@ -97,6 +97,10 @@ class LiveTeachers:
         alone = {d: self._pool.score(d, refs) for d, refs in group_refs.items() if d in self.unchecked}
         return alone | self._pool.score_all({d: refs for d, refs in group_refs.items() if d not in alone})
 
+    def pop_restarts(self) -> list[tuple[str, str]]:
+        """See `TeacherPool.pop_restarts`."""
+        return self._pool.pop_restarts()
+
     @property
     def heads(self) -> dict[int, ray.ObjectRef]:
         """See `TeacherPool.heads`."""

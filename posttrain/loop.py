@@ -268,6 +268,8 @@ class PolicyLoop:
                 offset += len(collected.summary.statuses)
         ready, _ = ray.wait(list(scores.values()), num_returns=len(scores), fetch_local=False)
         assert len(ready) == len(scores)
+        for worker, reason in self.teachers.pop_restarts():
+            self.tracker.event("worker_restarted", worker=worker, reason=reason)
 
     def check_teachers(self, wave: Wave, teachers: LiveTeachers) -> None:
         """Before a domain's first update by a teacher: the gates that it passes on the student's own samples. A teacher

@@ -34,6 +34,8 @@ MAX_RESTARTS = 3  # of one worker, and of one scoring call
 @dataclass(kw_only=True, slots=True)
 class _Worker:
     actor: Any
+    index: int
+    pid: int | None = None  # of its process, as it was last asked; Ray gives a worker that died another
     pending: list[ray.ObjectRef] = field(default_factory=list)  # open calls
 
     @property
@@ -53,6 +55,7 @@ class TeacherPool:
         self._shared: list[_Worker] = []  # Transformers
         self._own: dict[str, _Worker] = {}  # teacher key -> worker of its engine or server
         self._num_started = 0
+        self._restarts: list[tuple[str, str]] = []
         self._names: dict[str, str] = {}  # domain -> teacher as the user named it
         self._keys: dict[str, str] = {}  # domain -> key: back end and fingerprint
         self._teachers: dict[str, Teacher] = {}  # key -> what is loaded
@@ -112,6 +115,8 @@ class TeacherPool:
             for key in new:
                 ray.kill(self._own.pop(key).actor)
             raise
+        for worker, row in zip([*self._shared, *(self._own[key] for key in own)], rows, strict=True):
+            self._note_process(worker, row["pid"])
         self._places = places | {key: [self._own[key]] for key in own}
         self._names = {domain: teacher.name for domain, teacher in resolved.items()}
         self._keys, self._teachers = keys, loaded
@@ -132,6 +137,21 @@ class TeacherPool:
             else self._places[base_of(key)][0].actor.head.remote(key, self._teachers[key])
             for number, key in sources.items()
         }
+
+    def pop_restarts(self) -> list[tuple[str, str]]:
+        """(worker, reason) of the workers that died and that Ray started again since the last call. Waits for workers
+        that are busy."""
+        workers = [*self._shared, *self._own.values()]
+        for worker, pid in zip(workers, ray.get([w.actor.process.remote() for w in workers]), strict=True):
+            self._note_process(worker, pid)
+        restarts, self._restarts = self._restarts, []
+        return restarts
+
+    def _note_process(self, worker: _Worker, pid: int) -> None:
+        if worker.pid not in (None, pid):
+            reason = f"process {worker.pid} died; {pid} took its place and loads its teachers again"
+            self._restarts.append((f"teachers-{worker.index}", reason))
+        worker.pid = pid
 
     @property
     def domains(self) -> list[str]:
@@ -253,7 +273,7 @@ class TeacherPool:
             num_cpus=0, num_gpus=num_gpus, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS
         )
         index, self._num_started = self._num_started, self._num_started + 1
-        return _Worker(actor=actor.remote(self._cfg, self._model, index, has_engine))
+        return _Worker(actor=actor.remote(self._cfg, self._model, index, has_engine), index=index)
 
 
 def _located(teacher: Teacher) -> Teacher:

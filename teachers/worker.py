@@ -72,6 +72,10 @@ class TeacherWorker:
         if self.was_restarted:
             logger.warning("teacher worker was restarted; it loads its teachers again")
 
+    def process(self) -> int:
+        """Id of this worker's process."""
+        return os.getpid()
+
     def set_teachers(self, teachers: dict[str, Teacher], signal: str = "sampled") -> dict[str, Any]:
         """Hold exactly these, key -> teacher. Returns what is held, for the events of the run; for the signal ``full``
         also ``heads``: key -> hash of the LM head."""

@@ -119,6 +119,8 @@ def test_pool(local_ray: None, checkpoints: dict[str, str]) -> None:
     os.kill(rows[0]["pid"], signal.SIGKILL)
     scores = ray.get(pool.score("code", refs), timeout=120)
     np.testing.assert_allclose(scores[2].logprobs, expect(checkpoints["b"], groups)[2], atol=1e-5)
+    [(worker, reason)] = pool.pop_restarts()
+    assert worker == "teachers-0" and f"process {rows[0]['pid']} died" in reason and pool.pop_restarts() == []
 
     # Swapping frees the former ones; a teacher that gives NaN stops the run with its name.
     rows = pool.set_teachers({"math": checkpoints["broken"]})

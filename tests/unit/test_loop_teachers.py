@@ -59,10 +59,13 @@ class Method:
 
 
 class FakeWorker:
-    """Scores with its teachers' names: 0 nat, or -9 by the teacher "far"; the head of a teacher is its name."""
+    """Scores with its teachers' names: 0 nat, or -9 by the teacher "far"; the head of a teacher is its name. It dies
+    once, and another process takes its place."""
 
     def __init__(self) -> None:
+        self.pid = 1
         self.fetched: list[str] = []
+        self.process = Method(lambda: self.pid)
         self.set_teachers, self.head, self.score = map(Method, (self._set_teachers, self._head, self._score))
         self.score_all = Method(lambda tasks, *signal: [self._score(task, *signal) for task in tasks])
         right = Examination(mean_abs=0.0, max_abs=0.0, num_tokens=9, explanation=None)
@@ -70,13 +73,17 @@ class FakeWorker:
 
     def _set_teachers(self, teachers: dict[str, Teacher], signal: str) -> dict[str, Any]:
         assert signal == "full"
-        return {"heads": {key: DIGESTS[Path(teacher.path).name] for key, teacher in teachers.items()}}
+        return {
+            "pid": self.pid,
+            "heads": {key: DIGESTS[Path(teacher.path).name] for key, teacher in teachers.items()},
+        }
 
     def _head(self, key: str, teacher: Teacher) -> str:
         self.fetched.append(Path(teacher.path).name)
         return self.fetched[-1]
 
     def _score(self, task: ScoringTask, signal: str, top_k: int) -> list[TeacherScores]:
+        self.pid = 2
         name = Path(task.teacher.path).name
         value = -9.0 if name == "far" else 0.0
         lengths = [len(rollout.loss_mask) for group in task.group_refs for rollout in group.rollouts]
@@ -146,7 +153,7 @@ def test_heads_follow_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )[1]
     worker = FakeWorker()
     pool = TeacherPool(TeacherWorkerConfig(), ModelConfig())
-    pool._shared = [_Worker(actor=worker)]
+    pool._shared = [_Worker(actor=worker, index=0)]
     taught = resolve(cfg.teachers, DOMAINS, cfg.model.path)
     pool.set_teachers(taught, "full", 64)
     folder: Any = FakeFolder(tmp_path)
@@ -187,6 +194,8 @@ def test_heads_follow_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [(e["gate"], Path(e["path"]).name) for e in red] == [("initial_kl", "far")]
     events = [e["kind"] for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"].startswith("teacher_")]
     assert events == ["teacher_swap", "teacher_swap", "teacher_swap_refused"]
+    [death] = [e for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"] == "worker_restarted"]
+    assert death["worker"] == "teachers-0" and "process 1 died" in death["reason"]
     assert worker.fetched.count("student") == 1, "a head that stays is not fetched again"
 
 
