@@ -107,6 +107,12 @@ def closing_line(command: str, cfg: RunConfig) -> str:
         *(["the options in learner.deepspeed"] if any(learner.deepspeed for learner in learners) else []),
     ]
     but = f" but {' and '.join(left)}, which the learner checks as it loads" if left else ""
+    sections = [
+        name for name in ("rollout", "teacher_workers") if getattr(getattr(cfg, name, None), "vllm", None)
+    ]
+    if sections:
+        values = " and ".join(f"{name}.vllm" for name in sections)
+        but += f"{', and' if but else ' but'} the values in {values}, which vLLM checks as it starts"
     return f"dry run of `posttrain {command}`: everything checked{but}; nothing started"
 
 

@@ -36,6 +36,7 @@ from posttrain.config import (
 from posttrain.gpus import check_gpus, learners_of
 from posttrain.tracking.wandb_sink import check_account
 from posttrain.validate_teachers import check_run_teachers, check_step_eval
+from rollout.options import FIXED_OPTIONS, OWNED_OPTIONS, check_options
 from teachers.checkpoint import TensorEntry, locate, read_config, read_tensors
 from teachers.gates import GateRow
 
@@ -89,6 +90,7 @@ def validate(cfg: RunConfig) -> Report:
             _check_policy_learner(key, learner, cast(Any, cfg).rollout, report.model)
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
         check_context(cfg.rollout, report.model)
+        check_options("rollout.vllm", cfg.rollout.vllm, OWNED_OPTIONS, FIXED_OPTIONS)
     _check_lengths(cfg)
     _check_data(cfg, report)
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):

@@ -17,9 +17,11 @@ from posttrain.config import (
     TeacherTraining,
     require,
 )
+from rollout.options import check_options
 from teachers.check import check_teachers
 from teachers.checkpoint import locate, read_config
 from teachers.gates import GateRow
+from teachers.options import FIXED_OPTIONS, OWNED_OPTIONS
 from teachers.teacher import DEFAULT, build, owners, resolve
 
 if TYPE_CHECKING:
@@ -169,7 +171,8 @@ def check_run_teachers(cfg: MOPDRun | PipelineRun, report: Report) -> list[GateR
 
 
 def check_teacher_workers(cfg: MOPDRun | PipelineRun | DoctorRun) -> None:
-    """Settings of a back end that no teacher has would silently do nothing."""
+    """Settings of a back end that no teacher has would silently do nothing, as would options that vLLM does not have."""
+    check_options("teacher_workers.vllm", cfg.teacher_workers.vllm, OWNED_OPTIONS, FIXED_OPTIONS)
     used = {teacher.backend for teacher in cfg.teachers.values()}
     for name, backend in (("vllm", TeacherBackend.vllm), ("api_key_env", TeacherBackend.server)):
         value = getattr(cfg.teacher_workers, name)

@@ -10,7 +10,7 @@ logprobs are not finite, carries an ``error`` that names the reason.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,25 +28,9 @@ from posttrain.records import EngineInfo, WeightBundle
 from rollout.checkpoint import checkpoint_shapes, local_checkpoint
 from rollout.cpu import use_float32_products
 from rollout.head import with_head_dtype
+from rollout.options import FIXED_OPTIONS, OWNED_OPTIONS, check_options
 from rollout.segment import Segment, SegmentResult, recording_problem, routes_problem
 from rollout.weights import apply_bundle, check_bundle, engine_tensors
-
-OWNED_OPTIONS = {
-    "model": "model.path",
-    "tokenizer": "model.path",
-    "revision": "model.revision",
-    "trust_remote_code": "model.trust_remote_code",
-    "dtype": "rollout.dtype",
-    "max_model_len": "rollout.max_model_len",
-    "seed": "seed",
-    "enable_return_routed_experts": "rollout.record_routes",
-}
-FIXED_OPTIONS: dict[str, Any] = {
-    "logprobs_mode": "raw_logprobs",  # at temperature 1, whatever the sampling temperature
-    "async_scheduling": False,  # a step in flight while weights change would carry the wrong version
-    "skip_tokenizer_init": False,
-    "enable_eplb": False,  # moves experts, so that routes would name physical ones
-}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,14 +44,7 @@ class _Running:
 
 def engine_options(cfg: RolloutConfig, model: ModelConfig, seed: int) -> dict[str, Any]:
     """Arguments for vLLM: what the config owns, this system's defaults, and the user's own options on top."""
-    known = {entry.name for entry in fields(EngineArgs)}
-    for key, value in cfg.vllm.items():
-        if key not in known:
-            raise UserError(f"rollout.vllm.{key}={value!r}: vLLM has no such engine option; check its name")
-        if key in OWNED_OPTIONS:
-            raise UserError(f"rollout.vllm.{key}={value!r}: set {OWNED_OPTIONS[key]} instead")
-        if key in FIXED_OPTIONS and value != FIXED_OPTIONS[key]:
-            raise UserError(f"rollout.vllm.{key}={value!r}: must stay {FIXED_OPTIONS[key]!r}; remove the key")
+    check_options("rollout.vllm", cfg.vllm, OWNED_OPTIONS, FIXED_OPTIONS)
     options: dict[str, Any] = {
         "model": model.path,
         "revision": model.revision,

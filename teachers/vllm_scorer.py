@@ -7,7 +7,6 @@ the same way. vLLM samples one token after a text, so the longest text is one to
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,42 +20,17 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from rollout.cpu import use_float32_products
 from rollout.head import with_head_dtype
+from rollout.options import check_options
 from teachers.backend import TokenScores
+from teachers.options import FIXED_OPTIONS, OWNED_OPTIONS
 from teachers.scores import check_finite, check_ids, check_signal, empty_scores, keep_rows
 from teachers.teacher import SIGNALS
-
-OWNED_OPTIONS = {
-    "model": "teachers.<domain>.path",
-    "tokenizer": "teachers.<domain>.path",
-    "trust_remote_code": "model.trust_remote_code",
-    "dtype": "teacher_workers.dtype",
-    "max_num_batched_tokens": "teacher_workers.max_tokens_per_batch",
-}
-FIXED_OPTIONS: dict[str, Any] = {
-    "logprobs_mode": "raw_logprobs",
-    "max_logprobs": -1,  # top_k may be any
-    "skip_tokenizer_init": True,  # token ids are the truth
-    "enable_prefix_caching": False,
-    "async_scheduling": False,
-    "enable_return_routed_experts": False,
-}
 
 
 def engine_options(path: str, cfg: TeacherWorkerConfig, model: ModelConfig) -> dict[str, Any]:
     """Arguments for vLLM: what the config owns, this system's defaults, and the user's own options on top. Raises
     `UserError` for options that vLLM does not have or that are set elsewhere."""
-    known = {entry.name for entry in fields(EngineArgs)}
-    for key, value in cfg.vllm.items():
-        if key not in known:
-            raise UserError(
-                f"teacher_workers.vllm.{key}={value!r}: vLLM has no such engine option; check its name"
-            )
-        if key in OWNED_OPTIONS:
-            raise UserError(f"teacher_workers.vllm.{key}={value!r}: set {OWNED_OPTIONS[key]} instead")
-        if key in FIXED_OPTIONS and value != FIXED_OPTIONS[key]:
-            raise UserError(
-                f"teacher_workers.vllm.{key}={value!r}: must stay {FIXED_OPTIONS[key]!r}; remove the key"
-            )
+    check_options("teacher_workers.vllm", cfg.vllm, OWNED_OPTIONS, FIXED_OPTIONS)
     options: dict[str, Any] = {
         "model": path,
         "trust_remote_code": model.trust_remote_code,

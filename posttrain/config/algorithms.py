@@ -120,17 +120,14 @@ class PolicyAlgorithm:
             self.group_size,
             "an outcome advantage (algorithm.alpha > 0) compares samples of one prompt; give at least 2, or algorithm.alpha=0",
         )
-        require(
-            0 <= self.ratio_low < 1 < self.ratio_high,
-            "algorithm.ratio_low",
-            self.ratio_low,
-            "the band must hold 1: ratio_low < 1 < ratio_high",
-        )
+        band = "the band must hold 1: 0 <= ratio_low < 1 < ratio_high"
+        require(0 <= self.ratio_low < 1, "algorithm.ratio_low", self.ratio_low, band)
+        require(self.ratio_high > 1, "algorithm.ratio_high", self.ratio_high, band)
         require(
             self.alpha != 0 or self.beta != 0,
-            "algorithm.alpha",
+            "algorithm.alpha and algorithm.beta",
             self.alpha,
-            "alpha and beta are both 0: nothing would be learned",
+            "nothing would be learned; give one of them, alpha weighs the outcome, beta the teachers",
         )
         require(
             self.signal is Signal.sampled or self.beta != 0,

@@ -101,6 +101,22 @@ def test_mistyped_key_and_value(place, capsys):
     )
 
 
+def test_options_of_vllm(place, capsys):
+    assert rl(capsys, "rollout.vllm.max_num_seq=4") == (
+        "rollout.vllm.max_num_seq=4: vLLM has no such engine option; check its name"
+    )
+    assert rl(capsys, "rollout.vllm.seed=4") == "rollout.vllm.seed=4: set seed instead"
+    assert rl(capsys, "rollout.vllm.enable_eplb=true").endswith("must stay False; remove the key")
+    found = mopd(capsys, "teachers.math.backend=vllm", "teacher_workers.vllm.tensor_parallel=2")
+    assert found.startswith("teacher_workers.vllm.tensor_parallel=2: vLLM has no such engine option")
+
+
+def test_what_is_wrong_is_what_is_named(place, capsys):
+    assert rl(capsys, "algorithm.ratio_high=0.1").startswith("algorithm.ratio_high=0.1: the band must hold 1")
+    assert rl(capsys, "algorithm.ratio_low=9").startswith("algorithm.ratio_low=9.0: the band must hold 1")
+    assert mopd(capsys, "algorithm.beta=0").startswith("algorithm.alpha and algorithm.beta=0.0: nothing")
+
+
 def test_weight_of_a_held_out_source(place, capsys):
     found = rl(capsys, "data.eval_sources.math.path=good.jsonl", "data.eval_sources.math.weight=2")
     assert found.startswith("data.eval_sources.math.weight=2.0: held-out rows are all asked once; remove")

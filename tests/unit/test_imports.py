@@ -63,7 +63,7 @@ def test_leaves_import_nothing_of_the_project_and_no_engine(leaf):
 @pytest.mark.parametrize("room", ["rewards", "rollout", "teachers"])
 def test_rooms_import_only_the_leaves(room):
     # What a process needs before vLLM is imported in it, and how an engine and an LM head compute, is said once.
-    engines = ("rollout.process", "rollout.cpu", "rollout.head")
+    engines = ("rollout.process", "rollout.cpu", "rollout.head", "rollout.options")
     more = {"rollout": ("posttrain.data",), "teachers": (*engines, "posttrain.logits")}
     allowed = (*LEAVES, room, *more.get(room, ()))
     files = modules_of(room)

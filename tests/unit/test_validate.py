@@ -119,6 +119,10 @@ def test_a_dry_run_says_what_it_cannot_check(world, capsys):
     assert "not in it: of the weights in learner.lora.target_parameters another whole copy" in experts
     options = ("learner.zero_stage=2", "learner.deepspeed.zero_optimization.overlap_comm=false")
     assert "but the options in learner.deepspeed, which the learner checks" in shown("sft", *options)
+    values = shown("rl", "rollout.vllm.max_num_seqs=4")
+    assert "everything checked but the values in rollout.vllm, which vLLM checks as it starts" in values
+    both = shown("rl", "rollout.vllm.max_num_seqs=4", "learner.lora.rank=2")
+    assert "as it loads, and the values in rollout.vllm, which vLLM" in both
     assert "but the targets of learner.lora" in shown("pipeline", "rl.learner.lora.rank=2")
 
 
