@@ -25,6 +25,7 @@ from posttrain import disk, manifest
 from posttrain.config import RUNS, MergeRun, PipelineRun, RunConfig, TeacherBackend, UserError
 from posttrain.lineage import collect
 from posttrain.stages import check_steps
+from posttrain.tracking.jsonl import read_jsonl
 
 # What makes a run the run it is: a change of these is another run, a change of anything else goes on.
 IDENTITY = (
@@ -32,9 +33,9 @@ IDENTITY = (
     *("method", "models", "base", "coefficient", "coefficients"),  # of a merge
 )
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "model", "finished.json")
-# What a start leaves that ended before its first step; only then is metrics.jsonl empty.
+# What a start leaves that ended before its first step, beside metrics.jsonl without a row of a step.
 START_FILES = (
-    *("config.yaml", "manifest.json", "lock", "metrics.jsonl", "events.jsonl"),
+    *("config.yaml", "manifest.json", "lock", "events.jsonl", "eval_start.json"),
     *("preflight.json", "teachers.json", "wandb", "wandb_id"),
 )
 
@@ -363,7 +364,10 @@ def _has_only_begun(path: Path) -> bool:
         if entry.is_dir() and entry.name != "wandb":
             if not _has_only_begun(entry):
                 return False
-        elif entry.name not in START_FILES or (entry.name == "metrics.jsonl" and entry.stat().st_size):
+        elif entry.name == "metrics.jsonl":
+            if any(row["step"] for row in read_jsonl(entry)):  # step 0 is the evaluation of the start model
+                return False
+        elif entry.name not in START_FILES:
             return False
     return True
 

@@ -78,7 +78,7 @@ def test_a_start_that_ended_before_its_first_step_binds_nobody(make, tmp_path, c
     """The keys that it was refused for can be mended without fresh=true."""
     folder = RunFolder.open(make())
     for name in ("metrics.jsonl", "events.jsonl", "teachers.json"):
-        (folder.path / name).write_text("" if name == "metrics.jsonl" else "{}\n")
+        (folder.path / name).write_text('{"step": 0}\n' if name == "metrics.jsonl" else "{}\n")
     mended = make(command, "model.path=/other")
     assert "ended before its first step is moved aside" in run_folder.check_folder(mended)
     assert RunFolder.open(mended).read_json("teachers.json") is None
@@ -91,7 +91,7 @@ def test_a_start_that_ended_before_its_first_step_binds_nobody(make, tmp_path, c
 def test_a_run_with_a_step_or_a_file_of_the_user_is_not_moved(make, tmp_path, monkeypatch, file):
     folder = RunFolder.open(make())
     (folder.path / file).parent.mkdir(parents=True, exist_ok=True)
-    (folder.path / file).write_text("{}\n")
+    (folder.path / file).write_text('{"step": 0}\n{"step": 1}\n')
     before = contents(folder.path)
     for ask in (run_folder.check_folder, RunFolder.open):
         with pytest.raises(
