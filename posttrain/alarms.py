@@ -20,7 +20,9 @@ FIRST_STEPS = 10  # that make a Drift's own band
 RECENT_STEPS = 3  # whose mean is compared with it: one odd batch is no drift
 STARVING_SHARE = 0.25  # of what a domain should have
 STARVING_STEPS = 5  # in a row
-TAUGHT_SHARE = 0.1  # of a domain's first gaps to its teacher: with less left it has little to move, and starves of nothing
+# Mean |A| of a domain with a teacher below which little is left to move, so that it starves of nothing: nat, and as a
+# share of its first steps.
+TAUGHT_GAP, TAUGHT_SHARE = 0.02, 0.1
 QUIET_STEPS = 20  # between two early warnings of one name
 
 
@@ -144,7 +146,10 @@ class Alarms:
         self._drifts = drifts
         self._own: dict[str, _Own] = {}
         self._hungry: dict[str, int] = {}  # domain -> steps in a row below its share
-        self._first_gaps: dict[str, list[float]] = {}  # domain -> mean |log-ratio| to its teacher
+        self._first_gaps: dict[
+            str, list[float]
+        ] = {}  # domain -> mean |A| of the first steps with these teachers
+        self._teachers: float | None = None  # their version
         self._sounding: set[str] = set()
         self._num_checks = 0
         self._last_warning: dict[str, int] = {}  # name -> check at which it last sounded
@@ -207,6 +212,8 @@ class Alarms:
     def _starving(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, Trouble | None]]:
         if not any(name.startswith("share/gradient/") for name in metrics):
             return  # no domain got any: that is another trouble
+        if self._teachers != (version := metrics.get("teacher/version", self._teachers)):
+            self._teachers, self._first_gaps = version, {}
         for name, share in metrics.items():
             domain = name.removeprefix("share/prompts/")
             if domain == name:
@@ -229,15 +236,16 @@ class Alarms:
             yield f"starving/{domain}", starving if hungry >= STARVING_STEPS else None
 
     def _is_taught(self, domain: str, metrics: Mapping[str, float]) -> bool:
-        """Whether the gap to the domain's teacher has closed. Without a teacher, or in the first steps: no."""
-        gap = metrics.get(f"{domain}/teacher_abs")
-        if gap is None:
+        """Whether the domain has a teacher and agrees with it. |A| also holds the outcome: what that still moves is not
+        at rest."""
+        gap = metrics.get(f"{domain}/advantage_abs")
+        if gap is None or f"{domain}/teacher_abs" not in metrics:
             return False
         first = self._first_gaps.setdefault(domain, [])
         if len(first) < FIRST_STEPS:
             first.append(gap)
-            return False
-        return gap < TAUGHT_SHARE * sum(first) / FIRST_STEPS
+            return gap < TAUGHT_GAP
+        return gap < max(TAUGHT_GAP, TAUGHT_SHARE * sum(first) / FIRST_STEPS)
 
 
 def _rank(trouble: Trouble | None) -> tuple[bool, float]:

@@ -23,9 +23,9 @@ import yaml
 
 from posttrain import disk, manifest
 from posttrain.config import RUNS, MergeRun, PipelineRun, RunConfig, TeacherBackend, UserError
+from posttrain.first_step import has_only_begun
 from posttrain.lineage import collect
 from posttrain.stages import check_steps
-from posttrain.tracking.jsonl import read_jsonl
 
 # What makes a run the run it is: a change of these is another run, a change of anything else goes on.
 IDENTITY = (
@@ -33,11 +33,6 @@ IDENTITY = (
     *("method", "models", "base", "coefficient", "coefficients"),  # of a merge
 )
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "model", "finished.json")
-# What a start leaves that ended before its first step, beside metrics.jsonl without a row of a step.
-START_FILES = (
-    *("config.yaml", "manifest.json", "lock", "events.jsonl", "eval_start.json"),
-    *("preflight.json", "teachers.json", "wandb", "wandb_id"),
-)
 
 _locks: dict[Path, Any] = {}  # lock files of this process, by run folder
 
@@ -63,8 +58,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, cfg: RunConfig) -> RunFolder:
-        """Create the folder of a run, or go on in it. Prints one line when it resumes. What a start left that ended
-        before its first step, for other keys or weights, is moved aside.
+        """Create the folder of a run, or go on in it. Prints one line when it resumes. What a start of other keys or
+        weights left there that ended before its first step is moved aside.
 
         Raises:
             UserError: the folder belongs to another run, another process works in it, or it cannot be written.
@@ -81,12 +76,10 @@ class RunFolder:
         folder = cls(path, cfg)
         _check_inputs(path, cfg)
         if cfg.fresh:
-            _move_aside(path, cfg)
+            _move_aside(path, cfg, "starting over")
+        _make_way(path, cfg, _find_other_run(path, cfg))
         fingerprints = _fingerprints(cfg)
-        if problem := _find_other_run(path, cfg) or _find_other_weights(path, cfg, fingerprints):
-            if not _has_only_begun(path):
-                raise UserError(problem)
-            _move_aside(path, cfg)
+        _make_way(path, cfg, _find_other_weights(path, cfg, fingerprints))
         if isinstance(cfg, PipelineRun):
             check_steps(path, cfg)
         _check_steps_to_go(path, cfg)
@@ -219,9 +212,9 @@ def check_folder(cfg: RunConfig) -> str:
         former = ", what is there is moved aside" if any((path / name).exists() for name in RUN_FILES) else ""
         return f"{path}: would begin{former} (fresh=true)"
     if problem := _find_other_run(path, cfg):
-        if not _has_only_begun(path):
-            raise UserError(problem)
-        return f"{path}: would begin, what a start left there that ended before its first step is moved aside"
+        if not has_only_begun(path):
+            raise UserError(f"{problem}; {_other_name(cfg)}")
+        return f"{path}: would begin; {problem}, which ended before its first step and is moved aside"
     if isinstance(cfg, PipelineRun):
         check_steps(path, cfg)
     _check_steps_to_go(path, cfg)
@@ -297,8 +290,22 @@ def _lock(path: Path, name: str) -> None:
     _locks[path] = file
 
 
-def _move_aside(path: Path, cfg: RunConfig) -> None:
-    """Move what a former run wrote to `<name>.old-<time>`; folders that this run reads from stay."""
+def _make_way(path: Path, cfg: RunConfig, problem: str | None) -> None:
+    """Refuse the folder for its ``problem``, if there is one, unless no step was made there: then it is moved aside."""
+    if problem is None:
+        return
+    if not has_only_begun(path):
+        raise UserError(f"{problem}; {_other_name(cfg)}")
+    _move_aside(path, cfg, f"{problem}, which ended before its first step; starting over")
+
+
+def _other_name(cfg: RunConfig) -> str:
+    return f"choose another name= than {cfg.name!r}, or start over with fresh=true"
+
+
+def _move_aside(path: Path, cfg: RunConfig, why: str) -> None:
+    """Move what a former run wrote to `<name>.old-<time>`; folders that this run reads from stay. What says whose folder
+    it is goes last, so that a move that was cut off is gone on with."""
     read = [Path(value).absolute() for value in _inputs(cfg).values()]
     entries = [
         entry
@@ -308,10 +315,12 @@ def _move_aside(path: Path, cfg: RunConfig) -> None:
     if not entries:
         return
     old = path.with_name(f"{path.name}.old-{datetime.now():%Y%m%d-%H%M%S}")
+    while old.exists():  # a second start in one second
+        old = old.with_name(old.name + "+")
     old.mkdir()
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: entry.name in RUN_FILES[:2]):
         os.replace(entry, old / entry.name)
-    print(f"{path}: starting over; what was there is now in {old}", flush=True)
+    print(f"{path}: {why}; what was there is now in {old}", flush=True)
 
 
 def _check_inputs(path: Path, cfg: RunConfig) -> None:
@@ -327,49 +336,31 @@ def _check_inputs(path: Path, cfg: RunConfig) -> None:
 
 
 def _find_other_run(path: Path, cfg: RunConfig) -> str | None:
-    """What says that ``path`` is the folder of another run, with the way out."""
-    way_out = f"choose another name= than {cfg.name!r}, or start over with fresh=true"
+    """What says that ``path`` is the folder of another run: key, value, what it was."""
     config, record = path / "config.yaml", path / "manifest.json"
     if not (config.exists() and record.exists()):
         if found := [name for name in RUN_FILES[2:] if (path / name).exists()]:
-            return f"name={cfg.name!r}: {path} holds {found[0]} but no config.yaml; {way_out}"
+            return f"name={cfg.name!r}: {path} holds {found[0]} but no config.yaml"
         return None
     former, now = yaml.safe_load(config.read_text()), plain(cfg)
     command = json.loads(record.read_text())["command"]
     if command != command_of(cfg):
-        return f"name={cfg.name!r}: {path} is the folder of another run (`posttrain {command}`); {way_out}"
+        return f"name={cfg.name!r}: {path} is the folder of another run (`posttrain {command}`)"
     for key in IDENTITY:
         if key in now and _identity(now[key]) != _identity(former.get(key)):
             where, old, new = _first_difference(key, _identity(former.get(key)), _identity(now[key]))
-            return f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}; {way_out}"
+            return f"{where}={new!r}: {path} is the folder of a run with {where}={old!r}"
     return None
 
 
 def _find_other_weights(path: Path, cfg: RunConfig, fingerprints: dict[str, str]) -> str | None:
-    """The first checkpoint that is not what it was when the run of ``path`` began, with the way out."""
+    """The first checkpoint that is not what it was when the run of ``path`` began."""
     record = path / "manifest.json"
     former = json.loads(record.read_text()).get("fingerprints", {}) if record.exists() else {}
     for key, value in former.items():
         if key in fingerprints and fingerprints[key] != value:
-            return (
-                f"{key}={_value(cfg, key)!r}: its weights changed since this run began in {path};"
-                " choose another name=, or start over with fresh=true"
-            )
+            return f"{key}={_value(cfg, key)!r}: its weights changed since this run began in {path}"
     return None
-
-
-def _has_only_begun(path: Path) -> bool:
-    """Whether all that lies there, in the folders of stages too, is of starts that ended before their first step."""
-    for entry in path.iterdir():
-        if entry.is_dir() and entry.name != "wandb":
-            if not _has_only_begun(entry):
-                return False
-        elif entry.name == "metrics.jsonl":
-            if any(row["step"] for row in read_jsonl(entry)):  # step 0 is the evaluation of the start model
-                return False
-        elif entry.name not in START_FILES:
-            return False
-    return True
 
 
 def _check_steps_to_go(path: Path, cfg: RunConfig) -> None:

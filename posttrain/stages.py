@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.config import PipelineRun, TeacherTraining, UserError
+from posttrain.first_step import has_only_begun
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -47,6 +48,10 @@ def stages(cfg: PipelineRun) -> list[list[Stage]]:
     return groups
 
 
+def _has_made_steps(stage: Path) -> bool:
+    return (stage / "config.yaml").exists() and not has_only_begun(stage)
+
+
 def check_steps(path: Path, cfg: PipelineRun) -> None:
     """Refuse other steps for a finished stage of the pipeline in ``path`` when a later one has begun.
 
@@ -56,7 +61,7 @@ def check_steps(path: Path, cfg: PipelineRun) -> None:
     groups = stages(cfg)
     for index, group in enumerate(groups):
         later = [s for following in groups[index + 1 :] for s in following]
-        begun = next((s.folder for s in later if (path / s.folder / "config.yaml").exists()), None)
+        begun = next((s.folder for s in later if _has_made_steps(path / s.folder)), None)
         for stage in group:
             record = path / stage.folder / "finished.json"
             if begun is None or not record.exists():

@@ -89,8 +89,7 @@ def validate(cfg: RunConfig) -> Report:
         if not _is_sft(key, cfg):
             _check_policy_learner(key, learner, cast(Any, cfg).rollout, report.model)
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
-        check_context(cfg.rollout, report.model)
-        check_options("rollout.vllm", cfg.rollout.vllm, OWNED_OPTIONS, FIXED_OPTIONS)
+        check_engine(cfg.rollout, report.model)
     _check_lengths(cfg)
     _check_data(cfg, report)
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
@@ -138,8 +137,9 @@ def check_model(path: str, key: str = "model.path", revision: str | None = None)
     )
 
 
-def check_context(rollout: RolloutConfig, model: ModelReport) -> None:
-    """The engine's context holds a completion and a prompt, and is not longer than the model's."""
+def check_engine(rollout: RolloutConfig, model: ModelReport) -> None:
+    """The engine's context holds a completion and a prompt, and is not longer than the model's; vLLM has its options."""
+    check_options("rollout.vllm", rollout.vllm, OWNED_OPTIONS, FIXED_OPTIONS)
     require(
         rollout.max_new_tokens < rollout.max_model_len,
         "rollout.max_new_tokens",

@@ -33,11 +33,13 @@ FIXED_OPTIONS: dict[str, Any] = {
 
 
 @cache
-def option_names() -> frozenset[str]:
-    """Fields of vLLM's `EngineArgs`, read from its source: the import takes 6 s and sets up the process."""
+def option_names() -> frozenset[str] | None:
+    """Fields of vLLM's `EngineArgs`, read from its source: the import takes 6 s and sets up the process. None where vLLM
+    is not installed."""
     package = find_spec("vllm")
-    assert package is not None and package.origin is not None
-    source = (Path(package.origin).parent / "engine" / "arg_utils.py").read_text()
+    if package is None or package.origin is None:
+        return None
+    source = (Path(package.origin).parent / "engine" / "arg_utils.py").read_text(encoding="utf-8")
     (declared,) = (
         node
         for node in ast.parse(source).body
@@ -60,9 +62,10 @@ def check_options(
     Raises:
         UserError: for the first that vLLM does not have, or that is not the user's to set.
     """
+    names = option_names() if given else None
     for name, value in given.items():
         key = f"{section}.{name}={value!r}"
-        if name not in option_names():
+        if names is not None and name not in names:
             raise UserError(f"{key}: vLLM has no such engine option; check its name")
         if name in owned:
             raise UserError(f"{key}: set {owned[name]} instead")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from teachers.check import key_of
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 # Of a checkpoint in vLLM that is loaded a second time, in Transformers, for the direct forward of the preflight.
 MAX_DIRECT_BYTES = 8 * 2**30
 MAX_RESTARTS = 3  # of one worker, and of one scoring call
+RESTART_WAIT_S = 5.0  # for idle workers to say which process they are
 
 
 @dataclass(kw_only=True, slots=True)
 class _Worker:
     actor: Any
-    index: int
-    pid: int | None = None  # of its process, as it was last asked; Ray gives a worker that died another
+    process: str | None = None  # as it last said; Ray gives a worker that died another
     pending: list[ray.ObjectRef] = field(default_factory=list)  # open calls
 
     @property
@@ -115,8 +116,10 @@ class TeacherPool:
             for key in new:
                 ray.kill(self._own.pop(key).actor)
             raise
-        for worker, row in zip([*self._shared, *(self._own[key] for key in own)], rows, strict=True):
-            self._note_process(worker, row["pid"])
+        workers = [*self._shared, *(self._own[key] for key in own)]
+        for i, (worker, row) in enumerate(zip(workers, rows, strict=True)):
+            self._note_process(i, worker, f"{row['host']}:{row['pid']}")
+        self._own = {key: self._own[key] for key in own}  # in the order of the rows
         self._places = places | {key: [self._own[key]] for key in own}
         self._names = {domain: teacher.name for domain, teacher in resolved.items()}
         self._keys, self._teachers = keys, loaded
@@ -139,19 +142,26 @@ class TeacherPool:
         }
 
     def pop_restarts(self) -> list[tuple[str, str]]:
-        """(worker, reason) of the workers that died and that Ray started again since the last call. Waits for workers
-        that are busy."""
+        """(worker, reason) of the workers that died and that Ray started again since the last call; ``worker`` counts
+        as the rows of `set_teachers` do. One that does not answer soon is asked again by the next call; one that is
+        dead for good says so where it is asked for scores."""
         workers = [*self._shared, *self._own.values()]
-        for worker, pid in zip(workers, ray.get([w.actor.process.remote() for w in workers]), strict=True):
-            self._note_process(worker, pid)
+        asked = [worker.actor.process.remote() for worker in workers]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=RESTART_WAIT_S)
+        for i, (worker, ref) in enumerate(zip(workers, asked, strict=True)):
+            if ref in ready:
+                try:  # a worker that died
+                    self._note_process(i, worker, ray.get(ref))
+                except RayActorError:
+                    continue
         restarts, self._restarts = self._restarts, []
         return restarts
 
-    def _note_process(self, worker: _Worker, pid: int) -> None:
-        if worker.pid not in (None, pid):
-            reason = f"process {worker.pid} died; {pid} took its place and loads its teachers again"
-            self._restarts.append((f"teachers-{worker.index}", reason))
-        worker.pid = pid
+    def _note_process(self, index: int, worker: _Worker, process: str) -> None:
+        if worker.process not in (None, process):
+            reason = f"process {worker.process} died; {process} took its place and loads its teachers again"
+            self._restarts.append((f"teachers-{index}", reason))
+        worker.process = process
 
     @property
     def domains(self) -> list[str]:
@@ -273,7 +283,7 @@ class TeacherPool:
             num_cpus=0, num_gpus=num_gpus, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS
         )
         index, self._num_started = self._num_started, self._num_started + 1
-        return _Worker(actor=actor.remote(self._cfg, self._model, index, has_engine), index=index)
+        return _Worker(actor=actor.remote(self._cfg, self._model, index, has_engine))
 
 
 def _located(teacher: Teacher) -> Teacher:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,9 @@ class TeacherWorker:
         if self.was_restarted:
             logger.warning("teacher worker was restarted; it loads its teachers again")
 
-    def process(self) -> int:
-        """Id of this worker's process."""
-        return os.getpid()
+    def process(self) -> str:
+        """HOST:PID of this worker."""
+        return f"{socket.gethostname()}:{os.getpid()}"
 
     def set_teachers(self, teachers: dict[str, Teacher], signal: str = "sampled") -> dict[str, Any]:
         """Hold exactly these, key -> teacher. Returns what is held, for the events of the run; for the signal ``full``
@@ -87,6 +88,7 @@ class TeacherWorker:
         for key, teacher in teachers.items():
             self._backend(key, teacher)
         row: dict[str, Any] = {
+            "host": socket.gethostname(),
             "pid": os.getpid(),
             "device": self.device,
             "paths": [backend.path for backend in self.backends.values()],

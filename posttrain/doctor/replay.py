@@ -33,7 +33,7 @@ from posttrain.doctor.findings import Finding, findings_table, print_ways_out
 from posttrain.gpus import check_gpus, num_gpus
 from posttrain.plan import closing_line, process_table
 from posttrain.records import LossSettings, Prompt, Rollout, SampleRef, TrainingSample
-from posttrain.validate import ModelReport, check_context, check_model
+from posttrain.validate import ModelReport, check_engine, check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def run(cfg: RunConfig) -> int:
     prompts = samples.make_prompts(cfg, tokenizer, rollout_config)
     if cfg.dry_run:
         console.print(process_table(as_run, model.num_parameters, "would start"))
-        print(closing_line("doctor replay", as_run))
+        print(closing_line("doctor replay", replace(as_run, rollout=cfg.rollout)))
         return 0
     console.print(
         f"starting an engine ({rollout_config.dtype.value}) and a learner ({learner_config.dtype.value}) ...",
@@ -126,7 +126,7 @@ def sections(cfg: DoctorRun, model: ModelReport) -> tuple[LearnerConfig, Rollout
         cfg.replay.max_new_tokens,
         f"leaves no room for a prompt in the {rollout.max_model_len} tokens that engine and learner hold; lower it",
     )
-    check_context(rollout, model)
+    check_engine(rollout, model)
     return cfg.learner, rollout
 
 

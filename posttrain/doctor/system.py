@@ -24,7 +24,7 @@ from posttrain.config import RUNS, DoctorRun, RunConfig, UserError
 from posttrain.doctor.findings import Finding, findings_table, print_ways_out
 from posttrain.gpus import num_gpus
 from posttrain.plan import process_table
-from posttrain.validate import ModelReport, check_context, check_model
+from posttrain.validate import ModelReport, check_engine, check_model
 
 MIN_MEMORY_GIB = 8.0
 MIN_DISK_GIB = 5.0
@@ -173,7 +173,7 @@ def checkpoint(cfg: DoctorRun) -> tuple[ModelReport | None, list[Finding]]:
     try:  # what is wrong with it is a line of the report
         model = check_model(cfg.model.path, revision=cfg.model.revision)
         load_tokenizer(cfg.model.path, cfg.model.revision, cfg.model.trust_remote_code)
-        check_context(cfg.rollout, model)
+        check_engine(cfg.rollout, model)
     except UserError as error:
         return model, [Finding(name="checkpoint", value=cfg.model.path, way_out=str(error))]
     kind = f"{model.num_experts} experts a layer" if model.num_experts else "dense"

@@ -17,7 +17,7 @@ from posttrain.gpus import check_gpus
 from posttrain.preflight import as_json, origins, remarks, score_gates, table, write
 from posttrain.records import Prompt, Rollout, RolloutStatus, SamplingSettings
 from posttrain.tracking.jsonl import EventsFile
-from posttrain.validate import check_context, check_model
+from posttrain.validate import check_engine, check_model
 from posttrain.validate_teachers import check_teacher_workers
 from teachers.check import teacher_gates
 from teachers.gates import UNLOADABLE, GateRow, Verdict, judge
@@ -77,7 +77,7 @@ def check_input(cfg: DoctorRun) -> RolloutConfig:
     problem = f"leaves no room for a prompt in rollout.max_model_len={max_model_len}; lower it or raise that"
     require(num_tokens[key] < max_model_len, key, num_tokens[key], problem)
     rollout = replace(cfg.rollout, num_workers=1, max_new_tokens=num_tokens[key], max_model_len=max_model_len)
-    check_context(rollout, model)
+    check_engine(rollout, model)
     return rollout
 
 

@@ -213,10 +213,10 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     with (folder / "posttrain.log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "posttrain.cli", *COMMAND],
+            [sys.executable, "-m", "posttrain.cli", *COMMAND, *overrides],
             cwd=folder,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -230,6 +230,21 @@ def wait_for(folder: Path, process: subprocess.Popen[bytes], condition: Any) -> 
         assert process.poll() is None, (folder / "posttrain.log").read_text()[-5000:]
         assert time.monotonic() < deadline, (folder / "posttrain.log").read_text()[-5000:]
         time.sleep(0.02)
+
+
+def test_a_start_that_the_preflight_refuses_binds_nobody(user: Path) -> None:
+    """What it really leaves is what is moved aside when the teacher is mended."""
+    refused = ["name=refused", "teachers.default.path=far", "tracking.wandb=offline"]
+    assert start(user, *refused).wait() == 2
+    assert (user / "runs/refused/preflight.json").exists(), "by its scores, with everything up"
+    plan = subprocess.run(
+        [sys.executable, "-m", "posttrain.cli", *COMMAND, "name=refused", "dry_run=true"],
+        cwd=user, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert plan.returncode == 0, plan.stderr
+    assert "with teachers.default.path='far', which ended before its first step" in " ".join(
+        plan.stdout.split()
+    )
 
 
 def test_teachers_change_during_a_run_and_survive_its_death(user: Path) -> None:

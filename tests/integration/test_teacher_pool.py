@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import RayActorError
 from safetensors.torch import load_file, save_file
 
 from posttrain.config import Dtype, ModelConfig, TeacherWorkerConfig, UserError
@@ -120,7 +121,7 @@ def test_pool(local_ray: None, checkpoints: dict[str, str]) -> None:
     scores = ray.get(pool.score("code", refs), timeout=120)
     np.testing.assert_allclose(scores[2].logprobs, expect(checkpoints["b"], groups)[2], atol=1e-5)
     [(worker, reason)] = pool.pop_restarts()
-    assert worker == "teachers-0" and f"process {rows[0]['pid']} died" in reason and pool.pop_restarts() == []
+    assert worker == "teachers-0" and f":{rows[0]['pid']} died" in reason and pool.pop_restarts() == []
 
     # Swapping frees the former ones; a teacher that gives NaN stops the run with its name.
     rows = pool.set_teachers({"math": checkpoints["broken"]})
@@ -129,6 +130,12 @@ def test_pool(local_ray: None, checkpoints: dict[str, str]) -> None:
         ray.get(pool.score("math", refs))
     with pytest.raises(UserError, match=r"^teachers\.math\.path='/gone': no such directory"):
         pool.set_teachers({"math": "/gone"})
+
+    # One that is dead for good says so where it is asked for scores.
+    ray.kill(pool._shared[0].actor)
+    assert pool.pop_restarts() == []
+    with pytest.raises(RayActorError):
+        ray.get(pool.score("math", refs))
     pool.shutdown()
 
 

@@ -116,15 +116,31 @@ def test_who_does_not_starve() -> None:
     assert sounded([{"share/prompts/math": 1.0}] * 10) == [], "no gradient at all is another trouble"
 
 
+def taught(gap: float, share: float = 0.01, **more: float) -> dict[str, float]:
+    return shares(share, **{"math/teacher_abs": gap, "math/advantage_abs": gap} | more)
+
+
 def test_a_domain_that_has_reached_its_teacher_does_not_starve() -> None:
     """Little is left to move there. A gap that stays, or comes again, starves."""
-    far, near, half = (shares(0.01, **{"math/teacher_abs": gap}) for gap in (0.4, 0.03, 0.2))
-    fed = shares(0.2, **{"math/teacher_abs": 0.4})
-    assert sounded([fed] * FIRST_STEPS + [near] * 10) == []
-    for hungry in (far, half):
-        found = sounded([*[fed] * FIRST_STEPS, *[near] * 10, *[hungry] * 10])
+    fed = [taught(0.4, share=0.2)] * FIRST_STEPS
+    assert sounded([*fed, *[taught(0.03)] * 10]) == []
+    for gap in (0.4, 0.2):
+        found = sounded([*fed, *[taught(0.03)] * 10, *[taught(gap)] * 10])
         assert [(i, name) for i, name, _ in found] == [(FIRST_STEPS + 9 + STARVING_STEPS, "starving_domain")]
-    assert [i for i, _, _ in sounded([far] * 10)] == [STARVING_STEPS - 1], "hungry from the first step on"
+    assert [i for i, _, _ in sounded([taught(0.4)] * 10)] == [STARVING_STEPS - 1], "hungry from the start"
+
+
+def test_a_domain_that_starts_at_its_teacher_does_not_starve() -> None:
+    assert sounded([taught(0.0)] * 30) == sounded([taught(0.002)] * 30) == []
+    assert sounded([taught(0.4 / 3**i) for i in range(30)]) == [], "gone before the first steps are over"
+
+
+def test_a_closed_gap_does_not_feed_the_outcome_and_says_nothing_of_the_next_teacher() -> None:
+    fed = [taught(0.4, share=0.2, **{"teacher/version": 1.0})] * FIRST_STEPS
+    outcome = [taught(0.001, **{"math/advantage_abs": 0.5})] * 6
+    assert [name for _, name, _ in sounded([*fed, *outcome])] == ["starving_domain"]
+    swapped = [taught(0.035, **{"teacher/version": 2.0})] * 6
+    assert [name for _, name, _ in sounded([*fed, *swapped])] == ["starving_domain"]
 
 
 def test_a_target_share_counts_instead_of_the_prompts() -> None:

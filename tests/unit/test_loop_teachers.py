@@ -65,7 +65,7 @@ class FakeWorker:
     def __init__(self) -> None:
         self.pid = 1
         self.fetched: list[str] = []
-        self.process = Method(lambda: self.pid)
+        self.process = Method(lambda: f"node:{self.pid}")
         self.set_teachers, self.head, self.score = map(Method, (self._set_teachers, self._head, self._score))
         self.score_all = Method(lambda tasks, *signal: [self._score(task, *signal) for task in tasks])
         right = Examination(mean_abs=0.0, max_abs=0.0, num_tokens=9, explanation=None)
@@ -74,6 +74,7 @@ class FakeWorker:
     def _set_teachers(self, teachers: dict[str, Teacher], signal: str) -> dict[str, Any]:
         assert signal == "full"
         return {
+            "host": "node",
             "pid": self.pid,
             "heads": {key: DIGESTS[Path(teacher.path).name] for key, teacher in teachers.items()},
         }
@@ -153,7 +154,7 @@ def test_heads_follow_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )[1]
     worker = FakeWorker()
     pool = TeacherPool(TeacherWorkerConfig(), ModelConfig())
-    pool._shared = [_Worker(actor=worker, index=0)]
+    pool._shared = [_Worker(actor=worker)]
     taught = resolve(cfg.teachers, DOMAINS, cfg.model.path)
     pool.set_teachers(taught, "full", 64)
     folder: Any = FakeFolder(tmp_path)
@@ -195,7 +196,7 @@ def test_heads_follow_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     events = [e["kind"] for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"].startswith("teacher_")]
     assert events == ["teacher_swap", "teacher_swap", "teacher_swap_refused"]
     [death] = [e for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"] == "worker_restarted"]
-    assert death["worker"] == "teachers-0" and "process 1 died" in death["reason"]
+    assert death["worker"] == "teachers-0" and "process node:1 died; node:2 took" in death["reason"]
     assert worker.fetched.count("student") == 1, "a head that stays is not fetched again"
 
 

@@ -341,7 +341,7 @@ def test_the_direct_forward_of_every_back_end(
 
     def start(num_gpus: float, has_engine: bool = False) -> _Worker:
         assert num_gpus == 0.0 and not has_engine
-        return _Worker(actor=Actor(WORKERS, ModelConfig()), index=0)
+        return _Worker(actor=Actor(WORKERS, ModelConfig()))
 
     pool = TeacherPool(WORKERS, ModelConfig())
     monkeypatch.setattr(pool, "_start", start)
@@ -352,9 +352,7 @@ def test_the_direct_forward_of_every_back_end(
         teacher = Teacher(key="teachers.math", path=str(student), backend=backend)
         pool._keys, pool._teachers = {"math": f"{backend}:x"}, {f"{backend}:x": teacher}
         pool._places = {
-            f"{backend}:x": [
-                scoring if backend is TeacherBackend.transformers else _Worker(actor=None, index=1)
-            ]
+            f"{backend}:x": [scoring if backend is TeacherBackend.transformers else _Worker(actor=None)]
         }
         found = pool.examine("math", texts, right)
         if backend is TeacherBackend.server:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -80,18 +82,33 @@ def test_a_start_that_ended_before_its_first_step_binds_nobody(make, tmp_path, c
     for name in ("metrics.jsonl", "events.jsonl", "teachers.json"):
         (folder.path / name).write_text('{"step": 0}\n' if name == "metrics.jsonl" else "{}\n")
     mended = make(command, "model.path=/other")
-    assert "ended before its first step is moved aside" in run_folder.check_folder(mended)
+    why = "is the folder of " + (
+        "a run with model.path='/m'" if command == "sft" else "another run (`posttrain sft`)"
+    )
+    assert f"{why}, which ended before its first step and is moved aside" in run_folder.check_folder(mended)
     assert RunFolder.open(mended).read_json("teachers.json") is None
     (old,) = tmp_path.glob("run.old-*")
-    assert (old / "teachers.json").exists() and str(old) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (old / "teachers.json").exists() and str(old) in said and why in said
     assert yaml.safe_load((folder.path / "config.yaml").read_text())["model"]["path"] == "/other"
+    RunFolder.open(make()).close()
+    assert len(list(tmp_path.glob("run.old-*"))) == 2, "two in one second"
 
 
-@pytest.mark.parametrize("file", ["metrics.jsonl", "notes.txt", "sft/metrics.jsonl", "sft/model/config.json"])
+KEEPERS = {
+    "metrics.jsonl": '{"step": 0}\n{"step": 1}\n',
+    "expert_load.jsonl": '{"loss": 1}\n',
+    "notes.txt": "mine",
+    "samples.jsonl": "",
+    "b/config.yaml": "{}",  # a run of another name, perhaps alive
+}
+
+
+@pytest.mark.parametrize("file", KEEPERS)
 def test_a_run_with_a_step_or_a_file_of_the_user_is_not_moved(make, tmp_path, monkeypatch, file):
     folder = RunFolder.open(make())
     (folder.path / file).parent.mkdir(parents=True, exist_ok=True)
-    (folder.path / file).write_text('{"step": 0}\n{"step": 1}\n')
+    (folder.path / file).write_text(KEEPERS[file])
     before = contents(folder.path)
     for ask in (run_folder.check_folder, RunFolder.open):
         with pytest.raises(
@@ -105,6 +122,24 @@ def test_a_run_with_a_step_or_a_file_of_the_user_is_not_moved(make, tmp_path, mo
     with pytest.raises(UserError, match=r"model\.path='/m': its weights changed since this run began"):
         RunFolder.open(make())
     assert contents(folder.path).keys() == before.keys() and not list(tmp_path.glob("run.old-*"))
+
+
+def test_a_move_that_was_cut_off_is_gone_on_with(make, tmp_path, monkeypatch):
+    """What says whose folder it is goes last: no later start takes the refused one's teachers."""
+    folder = RunFolder.open(make())
+    for name in ("events.jsonl", "preflight.json", "teachers.json"):
+        (folder.path / name).write_text("{}")
+    replace = os.replace
+
+    def cut(source, target):
+        if Path(source).name in ("config.yaml", "manifest.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(run_folder.os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder.open(make("sft", "model.path=/other"))
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "lock", "manifest.json"]
 
 
 def test_weights_that_were_mended_after_a_refused_start(make, tmp_path, monkeypatch):
@@ -180,6 +215,7 @@ def finished_pipeline(make, tmp_path):
     def begin(stage, steps):
         (tmp_path / "run" / stage).mkdir(parents=True)
         (tmp_path / "run" / stage / "config.yaml").write_text("{}")
+        (tmp_path / "run" / stage / "metrics.jsonl").write_text('{"step": 1}\n')
         if steps:
             (tmp_path / "run" / stage / "finished.json").write_text(json.dumps({"steps": steps}))
 
@@ -229,6 +265,9 @@ def test_a_student_that_the_second_round_was_made_from_keeps_its_steps(finished_
     begun = tmp_path / "run" / "round2" / "teachers" / "math"
     begun.mkdir(parents=True)
     (begun / "config.yaml").write_text("{}")
+    (begun / "metrics.jsonl").write_text("")
+    finished_pipeline("rounds=2", "mopd.algorithm.steps=20")  # it made no step
+    (begun / "metrics.jsonl").write_text('{"step": 1}\n')
     found = (
         r"mopd\.algorithm\.steps=20: .*run/mopd finished with 9 steps and round2/teachers/math was trained"
     )
@@ -239,6 +278,7 @@ def test_a_student_that_the_second_round_was_made_from_keeps_its_steps(finished_
     student = tmp_path / "run" / "round2" / "mopd"
     student.mkdir()
     (student / "config.yaml").write_text("{}")
+    (student / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"rl\.algorithm\.steps=8: .*run/teachers/math finished with 7 steps"):
         finished_pipeline("rounds=2", "rl.algorithm.steps=8")
 

@@ -13,6 +13,7 @@ def test_names_are_those_of_vllm() -> None:
     """Imported in a process of its own: the import sets the process up."""
     code = "from dataclasses import fields\nfrom vllm.engine.arg_utils import EngineArgs\nprint(*(f.name for f in fields(EngineArgs)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert option_names() == set(found.stdout.splitlines()[-1].split())
-    for names in (OWNED_OPTIONS, FIXED_OPTIONS, of_teachers.OWNED_OPTIONS, of_teachers.FIXED_OPTIONS):
-        assert names.keys() <= option_names()
+    names = option_names()
+    assert names == set(found.stdout.splitlines()[-1].split())
+    for own in (OWNED_OPTIONS, FIXED_OPTIONS, of_teachers.OWNED_OPTIONS, of_teachers.FIXED_OPTIONS):
+        assert own.keys() <= names
