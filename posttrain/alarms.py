@@ -146,10 +146,8 @@ class Alarms:
         self._drifts = drifts
         self._own: dict[str, _Own] = {}
         self._hungry: dict[str, int] = {}  # domain -> steps in a row below its share
-        self._first_gaps: dict[
-            str, list[float]
-        ] = {}  # domain -> mean |A| of the first steps with these teachers
         self._teachers: float | None = None  # their version
+        self._first_gaps: dict[str, list[float]] = {}  # domain -> mean |A| of the first steps with them
         self._sounding: set[str] = set()
         self._num_checks = 0
         self._last_warning: dict[str, int] = {}  # name -> check at which it last sounded
