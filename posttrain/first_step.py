@@ -13,9 +13,10 @@ from posttrain.tracking.jsonl import read_jsonl
 
 START_FILES = (
     *("config.yaml", "manifest.json", "lock", "events.jsonl", "eval_start.json"),
-    *("preflight.json", "teachers.json", "wandb", "wandb_id"),
+    *("preflight.json", "teachers.json", "wandb_id", "wall_s.json"),
 )
 STEP_FILES = ("metrics.jsonl", "expert_load.jsonl")  # one row a step
+CONFIG_HEAD = "# posttrain "  # of a config.yaml that a run wrote
 
 
 def has_only_begun(path: Path) -> bool:
@@ -25,9 +26,18 @@ def has_only_begun(path: Path) -> bool:
         if entry.name in STEP_FILES:
             if not _is_before_steps(entry):
                 return False
-        elif entry.name not in START_FILES:
+        elif entry.name == "wandb":
+            if (entry / "manifest.json").exists():  # a run of that name
+                return False
+        elif entry.name not in START_FILES or (entry.name == "config.yaml" and not wrote_config(entry)):
             return False
     return True
+
+
+def wrote_config(file: Path) -> bool:
+    """Whether a run wrote this config.yaml, and not the user."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(len(CONFIG_HEAD)) == CONFIG_HEAD
 
 
 def _is_before_steps(file: Path) -> bool:

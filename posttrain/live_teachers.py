@@ -101,6 +101,10 @@ class LiveTeachers:
         """See `TeacherPool.pop_restarts`."""
         return self._pool.pop_restarts()
 
+    def check_alive(self) -> None:
+        """See `TeacherPool.check_alive`."""
+        self._pool.check_alive()
+
     @property
     def heads(self) -> dict[int, ray.ObjectRef]:
         """See `TeacherPool.heads`."""

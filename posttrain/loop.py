@@ -140,6 +140,7 @@ class PolicyLoop:
                 if self.teachers.unchecked:
                     with clock("preflight"):
                         self.check_teachers(wave, self.teachers)
+                self.teachers.check_alive()  # a new teacher whose worker died is gone by now
                 self.set_heads(self.teachers.heads)
             samples, metrics = self.batch(wave, step)
             if self.teachers is not None:

@@ -23,7 +23,7 @@ import yaml
 
 from posttrain import disk, manifest
 from posttrain.config import RUNS, MergeRun, PipelineRun, RunConfig, TeacherBackend, UserError
-from posttrain.first_step import has_only_begun
+from posttrain.first_step import CONFIG_HEAD, has_only_begun, wrote_config
 from posttrain.lineage import collect
 from posttrain.stages import check_steps
 
@@ -189,7 +189,7 @@ class RunFolder:
             print(f"{self.path}: settings changed since it was last started: {changed}", flush=True)
         lineage = collect({key: _value(cfg, key) for key in fingerprints}, fingerprints)
         now = manifest.build(command_of(cfg), cfg.seed, fingerprints, lineage)
-        text = f"# posttrain {command_of(cfg)} --config {self.path / 'config.yaml'}\n" + _yaml(cfg)
+        text = f"{CONFIG_HEAD}{command_of(cfg)} --config {self.path / 'config.yaml'}\n" + _yaml(cfg)
         disk.write_atomic(self.path / "config.yaml", text)
         self.write_json(
             "manifest.json", now | {"created": (former or now)["created"], "resumed": former is not None}
@@ -209,6 +209,7 @@ def check_folder(cfg: RunConfig) -> str:
     _check_name(cfg)
     _check_inputs(path, cfg)
     if cfg.fresh:
+        _check_nobody_works_below(path.resolve(), cfg)
         former = ", what is there is moved aside" if any((path / name).exists() for name in RUN_FILES) else ""
         return f"{path}: would begin{former} (fresh=true)"
     if problem := _find_other_run(path, cfg):
@@ -306,7 +307,9 @@ def _other_name(cfg: RunConfig) -> str:
 def _move_aside(path: Path, cfg: RunConfig, why: str) -> None:
     """Move what a former run wrote to `<name>.old-<time>`; folders that this run reads from stay. What says whose folder
     it is goes last, so that a move that was cut off is gone on with."""
-    read = [Path(value).absolute() for value in _inputs(cfg).values()]
+    path = path.resolve()  # a link to another disk stays there
+    _check_nobody_works_below(path, cfg)
+    read = [Path(value).resolve() for value in _inputs(cfg).values()]
     entries = [
         entry
         for entry in path.iterdir()
@@ -323,13 +326,29 @@ def _move_aside(path: Path, cfg: RunConfig, why: str) -> None:
     print(f"{path}: {why}; what was there is now in {old}", flush=True)
 
 
+def _check_nobody_works_below(path: Path, cfg: RunConfig) -> None:
+    """A run in a folder below, of a name such as `a/b` or a stage of a pipeline, goes on only where it is."""
+    own = {folder.resolve() for folder in _locks}
+    for file in path.rglob("*/lock"):
+        if file.parent.resolve() in own:
+            continue
+        with file.open("a+") as stream:
+            try:  # another process may hold it
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                raise UserError(
+                    f"name={cfg.name!r}: process {stream.read().strip() or 'unknown'} is working in {file.parent}, and"
+                    f" {path} would be moved aside; wait for it, or choose another name="
+                ) from None
+
+
 def _check_inputs(path: Path, cfg: RunConfig) -> None:
     """No run reads a model where it would write its own."""
+    own = (path / "model").resolve()
     for key, value in _inputs(cfg).items():
-        if key.endswith(("path", "adapter")) and (path / "model") in [
-            Path(value).absolute(),
-            *Path(value).absolute().parents,
-        ]:
+        read = Path(value).resolve()
+        if key.endswith(("path", "adapter")) and own in [read, *read.parents]:
             raise UserError(
                 f"{key}={value!r}: this run would write its own model there; choose another name="
             )
@@ -338,12 +357,17 @@ def _check_inputs(path: Path, cfg: RunConfig) -> None:
 def _find_other_run(path: Path, cfg: RunConfig) -> str | None:
     """What says that ``path`` is the folder of another run: key, value, what it was."""
     config, record = path / "config.yaml", path / "manifest.json"
+    if config.exists() and not wrote_config(config):
+        return f"name={cfg.name!r}: {config} is not of a run, which would write its own there"
     if not (config.exists() and record.exists()):
-        if found := [name for name in RUN_FILES[2:] if (path / name).exists()]:
+        if found := [name for name in RUN_FILES[1:] if (path / name).exists()]:
             return f"name={cfg.name!r}: {path} holds {found[0]} but no config.yaml"
         return None
-    former, now = yaml.safe_load(config.read_text()), plain(cfg)
-    command = json.loads(record.read_text())["command"]
+    try:  # files that may be damaged
+        former, command = yaml.safe_load(config.read_text()), json.loads(record.read_text())["command"]
+    except (ValueError, yaml.YAMLError, KeyError, TypeError):
+        return f"name={cfg.name!r}: {config} or {record.name} is damaged"
+    now = plain(cfg)
     if command != command_of(cfg):
         return f"name={cfg.name!r}: {path} is the folder of another run (`posttrain {command}`)"
     for key in IDENTITY:

@@ -110,7 +110,7 @@ def expected(annotation: Any) -> str:
     elif typing.get_origin(annotation) is dict:
         words = "a mapping {name: value} is needed"
     elif typing.get_origin(annotation) is list:
-        words = "a list such as [0.9,0.95] is needed"
+        words = "a list such as [a,b] is needed"
     else:
         names_of = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         words = f"{names_of[annotation]} is needed"

@@ -95,11 +95,18 @@ def validate(cfg: RunConfig) -> Report:
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
         _check_targets(cfg, report)
     for key, algorithm in _algorithms_of(cfg):
+        _check_shares(key, algorithm, report)
         _check_teacher_term(key, algorithm, report.model, isinstance(cfg, RLRun) or key.startswith("rl."))
     check_step_eval(cfg, report)  # asks no server
     if isinstance(cfg, MOPDRun | PipelineRun):
         report.teachers = check_run_teachers(cfg, report)
     return report
+
+
+def _check_shares(key: str, algorithm: PolicyAlgorithm, report: Report) -> None:
+    for domain, share in algorithm.target_shares.items():
+        way_out = f"no prompt belongs to domain {domain!r}; there are {', '.join(report.num_prompts)}"
+        require(domain in report.num_prompts, f"{key}.target_shares.{domain}", share, way_out)
 
 
 def _check_merge(cfg: MergeRun) -> Report:

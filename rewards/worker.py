@@ -50,7 +50,11 @@ def score_rollout(reward: Reward, rollout: Rollout, timeout_s: float | None = No
         return RewardResult(reward=0.0, error=rollout.error or rollout.status.value)
     try:  # code of a user
         with time_limit(timeout_s):
-            value, breakdown = reward.score(rollout)
+            found: Any = reward.score(rollout)
+        if not isinstance(found, tuple | list) or len(found) != 2 or isinstance(found[0], str):
+            wanted = "return (reward, breakdown), a number and a mapping of numbers such as (1.0, {})"
+            return RewardResult(reward=0.0, error=f"score returned {str(found)[:80]!r}; {wanted}")
+        value, breakdown = found
         value, breakdown = float(value), {str(name): float(part) for name, part in breakdown.items()}
     except TooSlow:
         return RewardResult(

@@ -10,6 +10,8 @@ logprobs are not finite, carries an ``error`` that names the reason.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,8 @@ from rollout.head import with_head_dtype
 from rollout.options import FIXED_OPTIONS, OWNED_OPTIONS, check_options
 from rollout.segment import Segment, SegmentResult, recording_problem, routes_problem
 from rollout.weights import apply_bundle, check_bundle, engine_tensors
+
+REASON_LENGTH = 400  # of what vLLM says
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,15 +104,30 @@ def _reseed(worker: Any, seed: int) -> None:
     torch.manual_seed(seed)  # of all devices
 
 
+@contextmanager
+def _user_options(cfg: RolloutConfig, model: ModelConfig) -> Iterator[None]:
+    """A `UserError` for what vLLM raises as it starts: of half a dozen types, for a value or for the checkpoint."""
+    try:  # someone else's checkpoint, and options of the user
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
+        what, mend = f"model.path={model.path!r}", "see whether vLLM holds this checkpoint"
+        if cfg.vllm:
+            what, mend = f"rollout.vllm={cfg.vllm!r}", "mend what it names, or leave these options out"
+        raise UserError(f"{what}: vLLM does not start ({reason}); {mend}") from error
+
+
 class Engine:
-    """A vLLM engine with versioned weights. Raises `UserError` for options that vLLM does not have."""
+    """A vLLM engine with versioned weights. Raises `UserError` for options and checkpoints that vLLM refuses."""
 
     def __init__(
         self, cfg: RolloutConfig, model: ModelConfig, seed: int, worker_id: str = "rollout-0"
     ) -> None:
         started = time.monotonic()
-        arguments = EngineArgs(**engine_options(cfg, model, seed))
-        model_config = arguments.create_model_config()
+        options = engine_options(cfg, model, seed)
+        with _user_options(cfg, model):
+            arguments = EngineArgs(**options)
+            model_config = arguments.create_model_config()
         longest = (
             model_config.get_and_verify_max_len(None) if cfg.max_model_len is None else cfg.max_model_len
         )
@@ -120,7 +139,8 @@ class Engine:
                 "set rollout.record_routes=off and learner.routing_replay=off"
             )
         arguments.enable_return_routed_experts = self.records_routes
-        self.vllm = LLMEngine.from_engine_args(arguments)
+        with _user_options(cfg, model):
+            self.vllm = LLMEngine.from_engine_args(arguments)
         self.vllm.collective_rpc(use_float32_products)
         self.policy_version = 0
         self.on_update = cfg.on_update

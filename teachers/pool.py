@@ -37,6 +37,7 @@ RESTART_WAIT_S = 5.0  # for idle workers to say which process they are
 class _Worker:
     actor: Any
     process: str | None = None  # as it last said; Ray gives a worker that died another
+    death: str | None = None  # in Ray's words, where there will be no other
     pending: list[ray.ObjectRef] = field(default_factory=list)  # open calls
 
     @property
@@ -143,8 +144,8 @@ class TeacherPool:
 
     def pop_restarts(self) -> list[tuple[str, str]]:
         """(worker, reason) of the workers that died and that Ray started again since the last call; ``worker`` counts
-        as the rows of `set_teachers` do. One that does not answer soon is asked again by the next call; one that is
-        dead for good says so where it is asked for scores."""
+        as the rows of `set_teachers` do. One that does not answer soon is asked again by the next call; of one that is
+        dead for good `check_alive` speaks."""
         workers = [*self._shared, *self._own.values()]
         asked = [worker.actor.process.remote() for worker in workers]
         ready, _ = ray.wait(asked, num_returns=len(asked), timeout=RESTART_WAIT_S)
@@ -152,10 +153,21 @@ class TeacherPool:
             if ref in ready:
                 try:  # a worker that died
                     self._note_process(i, worker, ray.get(ref))
-                except RayActorError:
-                    continue
+                except RayActorError as error:
+                    worker.death = str(error).splitlines()[0]
         restarts, self._restarts = self._restarts, []
         return restarts
+
+    def check_alive(self) -> None:
+        """`UserError` where `pop_restarts` found a worker of the teachers in use that Ray no longer starts again."""
+        for worker in [*self._shared, *self._own.values()]:
+            if worker.death is not None:
+                raise UserError(
+                    f"teacher_workers.num_workers={self._cfg.num_workers}: a teacher process died, after"
+                    f" {MAX_RESTARTS} restarts for good ({worker.death}); start the same command again to resume from the"
+                    " last checkpoint, and if it was memory (`dmesg` names what the kernel killed) with a smaller"
+                    " teacher_workers.max_tokens_per_batch"
+                )
 
     def _note_process(self, index: int, worker: _Worker, process: str) -> None:
         if worker.process not in (None, process):

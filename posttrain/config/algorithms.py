@@ -123,6 +123,14 @@ class PolicyAlgorithm:
         band = "the band must hold 1: 0 <= ratio_low < 1 < ratio_high"
         require(0 <= self.ratio_low < 1, "algorithm.ratio_low", self.ratio_low, band)
         require(self.ratio_high > 1, "algorithm.ratio_high", self.ratio_high, band)
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            require(
+                value >= 0,
+                f"algorithm.{name}",
+                value,
+                "a weight of less than 0 turns from the aim; give 0 or more",
+            )
         require(
             self.alpha != 0 or self.beta != 0,
             "algorithm.alpha and algorithm.beta",

@@ -34,6 +34,7 @@ from posttrain.gpus import check_gpus, num_gpus
 from posttrain.plan import closing_line, process_table
 from posttrain.records import LossSettings, Prompt, Rollout, SampleRef, TrainingSample
 from posttrain.validate import ModelReport, check_engine, check_model
+from posttrain.validate_teachers import check_teacher_workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,6 +91,7 @@ def check_input(cfg: DoctorRun) -> ModelReport:
         cfg.data.eval_path,
         "nothing is evaluated; give prompts as data.path",
     )
+    check_teacher_workers(cfg)
     return check_model(cfg.model.path, revision=cfg.model.revision)
 
 

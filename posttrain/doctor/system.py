@@ -25,6 +25,8 @@ from posttrain.doctor.findings import Finding, findings_table, print_ways_out
 from posttrain.gpus import num_gpus
 from posttrain.plan import process_table
 from posttrain.validate import ModelReport, check_engine, check_model
+from posttrain.validate_teachers import check_teacher_workers
+from rollout.options import FIXED_OPTIONS, OWNED_OPTIONS, check_options
 
 MIN_MEMORY_GIB = 8.0
 MIN_DISK_GIB = 5.0
@@ -40,6 +42,8 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "thr
 def run(cfg: RunConfig) -> int:
     """Print the report; returns 1 if something is wrong, else 0."""
     cfg = cast(DoctorRun, cfg)
+    check_options("rollout.vllm", cfg.rollout.vllm, OWNED_OPTIONS, FIXED_OPTIONS)
+    check_teacher_workers(cfg)
     checks: list[Callable[[DoctorRun], list[Finding]]] = [packages, torch_build, machine, storage, gpu_fit]
     findings = [finding for check in checks for finding in check(cfg)]
     model: ModelReport | None = None

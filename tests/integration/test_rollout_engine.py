@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain import cluster
-from posttrain.config import Dtype, ModelConfig, OnUpdate, RayConfig, RolloutConfig
+from posttrain.config import Dtype, ModelConfig, OnUpdate, RayConfig, RolloutConfig, UserError
 from rollout import process
 from tests.tiny_models import tiny_dense, tiny_mimo, tiny_qwen3_moe
 
@@ -339,6 +339,23 @@ def options_error(option: dict[str, Any]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def value_error(path: str, option: dict[str, Any]) -> str:
+    from rollout.engine import Engine
+
+    try:
+        Engine(RolloutConfig(vllm=option, max_new_tokens=8, max_model_len=64), ModelConfig(path=path), 0)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_values_that_vllm_refuses_are_one_line(run: Callable[..., Any], tmp_path: Path) -> None:
+    path = str(tiny_mimo(tmp_path / "model"))
+    found = run(value_error, path, {"max_num_seqs": -1})
+    assert found.startswith("rollout.vllm={'max_num_seqs': -1}: vLLM does not start (") and "\n" not in found
+    assert "max_num_seqs" in found.partition("(")[2] and "mend what it names" in found
 
 
 def test_engine_options_are_checked(run: Callable[..., Any]) -> None:

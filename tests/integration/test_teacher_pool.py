@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +132,16 @@ def test_pool(local_ray: None, checkpoints: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"^teachers\.math\.path='/gone': no such directory"):
         pool.set_teachers({"math": "/gone"})
 
-    # One that is dead for good says so where it is asked for scores.
+    # One that is dead for good ends the run with one line.
+    pool.check_alive()
     ray.kill(pool._shared[0].actor)
-    assert pool.pop_restarts() == []
+    deadline = time.monotonic() + 60
+    while pool._shared[0].death is None and time.monotonic() < deadline:  # the kill is on its way
+        assert pool.pop_restarts() == []
+    with pytest.raises(
+        UserError, match=r"^teacher_workers\.num_workers=1: a teacher process died.* start the same"
+    ):
+        pool.check_alive()
     with pytest.raises(RayActorError):
         ray.get(pool.score("math", refs))
     pool.shutdown()

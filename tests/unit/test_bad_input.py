@@ -114,6 +114,9 @@ def test_options_of_vllm(place, capsys):
 def test_what_is_wrong_is_what_is_named(place, capsys):
     assert rl(capsys, "algorithm.ratio_high=0.1").startswith("algorithm.ratio_high=0.1: the band must hold 1")
     assert rl(capsys, "algorithm.ratio_low=9").startswith("algorithm.ratio_low=9.0: the band must hold 1")
+    assert mopd(capsys, "algorithm.beta=-1").startswith("algorithm.beta=-1.0: a weight of less than 0")
+    found = mopd(capsys, "algorithm.target_shares.maths=0.5")
+    assert found == "algorithm.target_shares.maths=0.5: no prompt belongs to domain 'maths'; there are math"
     assert mopd(capsys, "algorithm.beta=0").startswith("algorithm.alpha and algorithm.beta=0.0: nothing")
 
 

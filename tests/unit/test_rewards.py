@@ -128,6 +128,9 @@ def test_unusable_return_values_are_errors(what):
 
 
 def test_usable_return_values_become_floats():
+    for bare in (1.0, "1", ("1", {})):
+        found = score_rollout(Returns(bare), rollout("42"))
+        assert found.reward == 0.0 and "return (reward, breakdown)" in str(found.error)
     result = score_rollout(Returns((True, {"parts": np.float32(0.5)})), rollout("42"))
     assert (result.reward, result.breakdown, result.error) == (1.0, {"parts": 0.5}, None)
     assert type(result.reward) is float and type(result.breakdown["parts"]) is float

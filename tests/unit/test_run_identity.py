@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,7 @@ KEEPERS = {
     "notes.txt": "mine",
     "samples.jsonl": "",
     "b/config.yaml": "{}",  # a run of another name, perhaps alive
+    "wandb/manifest.json": "{}",
 }
 
 
@@ -140,6 +143,68 @@ def test_a_move_that_was_cut_off_is_gone_on_with(make, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         RunFolder.open(make("sft", "model.path=/other"))
     assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "lock", "manifest.json"]
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"])
+@pytest.mark.parametrize("file", ["config.yaml", "manifest.json"])
+@pytest.mark.parametrize("content", ["", "mine: 1  # a remark", '{"mine": 1}', "{"])
+def test_what_a_user_or_an_accident_left_there_is_refused(make, tmp_path, file, content, command):
+    """One line and nothing is written over, with one of the two files of a run or both."""
+    path = tmp_path / "run"
+    path.mkdir()
+    for others in (
+        {},
+        {"notes.txt": "", "config.yaml": "# posttrain sft\n{}", "manifest.json": '{"command": "sft"}'},
+    ):
+        for name, text in (others | {file: content}).items():
+            (path / name).write_text(text)
+        if file == "manifest.json" and not others:
+            (path / "notes.txt").write_text("")
+        before = contents(path)
+        for ask in (run_folder.check_folder, RunFolder.open):
+            with pytest.raises(
+                UserError, match=r"^(name='run'|model\.path='/m'): .*run.*; choose another name="
+            ):
+                ask(make(command))
+        assert contents(path) == before
+
+
+def test_a_run_that_lives_below_is_not_pulled_away(make, tmp_path):
+    """With fresh=true, and for a run of the name `run/wandb`."""
+    for below in ("b", "wandb"):
+        (tmp_path / "run" / below).mkdir(parents=True)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); f.write('77'); f.flush();"
+             " fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()",
+             str(tmp_path / "run" / below / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert holder.stdout.readline() == b"held\n"
+        RunFolder.open(make()).close() if below == "b" else None
+        for ask in (run_folder.check_folder, RunFolder.open):
+            with pytest.raises(
+                UserError, match=rf"process 77 is working in .*run/{below}, and .* would be moved"
+            ):
+                ask(make("sft", "fresh=true"))
+        holder.communicate(b"")
+        run_folder._locks.pop(tmp_path / "run").close()
+    RunFolder.open(make("sft", "fresh=true"))
+
+
+def test_links(make, tmp_path):
+    """A folder on another disk is moved aside there; what is read through a link is not moved or written over."""
+    disk = tmp_path / "disk"
+    (disk / "run").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(disk / "run")
+    RunFolder.open(make()).close()
+    RunFolder.open(make("sft", "seed=1")).close()
+    assert len(list(disk.glob("run.old-*"))) == 1 and not list(tmp_path.glob("run.old-*"))
+    (disk / "run" / "chat.jsonl").write_text("{}")
+    (tmp_path / "chat.jsonl").symlink_to(disk / "run" / "chat.jsonl")
+    RunFolder.open(make("sft", f"data.path={tmp_path}/chat.jsonl", "fresh=true"))
+    assert (tmp_path / "chat.jsonl").exists()
+    (tmp_path / "model").symlink_to(disk / "run" / "model")
+    with pytest.raises(UserError, match="this run would write its own model there"):
+        RunFolder.open(make("sft", f"model.path={tmp_path}/model", "fresh=true"))
 
 
 def test_weights_that_were_mended_after_a_refused_start(make, tmp_path, monkeypatch):
@@ -214,7 +279,7 @@ def finished_pipeline(make, tmp_path):
 
     def begin(stage, steps):
         (tmp_path / "run" / stage).mkdir(parents=True)
-        (tmp_path / "run" / stage / "config.yaml").write_text("{}")
+        (tmp_path / "run" / stage / "config.yaml").write_text("# posttrain rl\n{}")
         (tmp_path / "run" / stage / "metrics.jsonl").write_text('{"step": 1}\n')
         if steps:
             (tmp_path / "run" / stage / "finished.json").write_text(json.dumps({"steps": steps}))
@@ -264,7 +329,7 @@ def test_a_student_that_the_second_round_was_made_from_keeps_its_steps(finished_
     finished_pipeline("rounds=2", "mopd.algorithm.steps=9")
     begun = tmp_path / "run" / "round2" / "teachers" / "math"
     begun.mkdir(parents=True)
-    (begun / "config.yaml").write_text("{}")
+    (begun / "config.yaml").write_text("# posttrain rl\n{}")
     (begun / "metrics.jsonl").write_text("")
     finished_pipeline("rounds=2", "mopd.algorithm.steps=20")  # it made no step
     (begun / "metrics.jsonl").write_text('{"step": 1}\n')
