@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from posttrain.advantages import group_advantages, overlong_penalties
 from posttrain.clock import Clock
@@ -139,7 +140,11 @@ class PolicyLoop:
             if self.teachers is not None:
                 if self.teachers.unchecked:
                     with clock("preflight"):
-                        self.check_teachers(wave, self.teachers)
+                        try:  # its workers are other processes
+                            self.check_teachers(wave, self.teachers)
+                        except RayError:
+                            self.teachers.check_alive()
+                            raise
                 self.teachers.check_alive()  # a new teacher whose worker died is gone by now
                 self.set_heads(self.teachers.heads)
             samples, metrics = self.batch(wave, step)

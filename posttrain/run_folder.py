@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -307,14 +307,11 @@ def _other_name(cfg: RunConfig) -> str:
 def _move_aside(path: Path, cfg: RunConfig, why: str) -> None:
     """Move what a former run wrote to `<name>.old-<time>`; folders that this run reads from stay. What says whose folder
     it is goes last, so that a move that was cut off is gone on with."""
+    read = _with_parents(_inputs(cfg).values())
+    kept = {"lock", *(entry.name for entry in path.iterdir() if {entry, entry.resolve()} & read)}
     path = path.resolve()  # a link to another disk stays there
     _check_nobody_works_below(path, cfg)
-    read = [Path(value).resolve() for value in _inputs(cfg).values()]
-    entries = [
-        entry
-        for entry in path.iterdir()
-        if entry.name != "lock" and not any(p == entry or entry in p.parents for p in read)
-    ]
+    entries = [entry for entry in path.iterdir() if entry.name not in kept]
     if not entries:
         return
     old = path.with_name(f"{path.name}.old-{datetime.now():%Y%m%d-%H%M%S}")
@@ -326,15 +323,23 @@ def _move_aside(path: Path, cfg: RunConfig, why: str) -> None:
     print(f"{path}: {why}; what was there is now in {old}", flush=True)
 
 
+def _with_parents(paths: Iterable[str]) -> set[Path]:
+    """Where they are as they are written and as links lead, and all folders above."""
+    plain = [Path(path).expanduser().absolute() for path in paths]
+    return {above for own in plain for form in (own, own.resolve()) for above in (form, *form.parents)}
+
+
 def _check_nobody_works_below(path: Path, cfg: RunConfig) -> None:
     """A run in a folder below, of a name such as `a/b` or a stage of a pipeline, goes on only where it is."""
     own = {folder.resolve() for folder in _locks}
     for file in path.rglob("*/lock"):
         if file.parent.resolve() in own:
             continue
-        with file.open("a+") as stream:
+        if not file.is_file():
+            continue
+        with file.open("r") as stream:
             try:  # another process may hold it
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 stream.seek(0)
                 raise UserError(
@@ -345,10 +350,9 @@ def _check_nobody_works_below(path: Path, cfg: RunConfig) -> None:
 
 def _check_inputs(path: Path, cfg: RunConfig) -> None:
     """No run reads a model where it would write its own."""
-    own = (path / "model").resolve()
+    own = {path / "model", (path / "model").resolve()}
     for key, value in _inputs(cfg).items():
-        read = Path(value).resolve()
-        if key.endswith(("path", "adapter")) and own in [read, *read.parents]:
+        if key.endswith(("path", "adapter")) and own & _with_parents([value]):
             raise UserError(
                 f"{key}={value!r}: this run would write its own model there; choose another name="
             )
@@ -361,10 +365,11 @@ def _find_other_run(path: Path, cfg: RunConfig) -> str | None:
         return f"name={cfg.name!r}: {config} is not of a run, which would write its own there"
     if not (config.exists() and record.exists()):
         if found := [name for name in RUN_FILES[1:] if (path / name).exists()]:
-            return f"name={cfg.name!r}: {path} holds {found[0]} but no config.yaml"
+            missing = record if config.exists() else config
+            return f"name={cfg.name!r}: {path} holds {found[0]} but no {missing.name}"
         return None
     try:  # files that may be damaged
-        former, command = yaml.safe_load(config.read_text()), json.loads(record.read_text())["command"]
+        former, command = dict(yaml.safe_load(config.read_text())), json.loads(record.read_text())["command"]
     except (ValueError, yaml.YAMLError, KeyError, TypeError):
         return f"name={cfg.name!r}: {config} or {record.name} is damaged"
     now = plain(cfg)

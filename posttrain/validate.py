@@ -95,7 +95,8 @@ def validate(cfg: RunConfig) -> Report:
     if isinstance(cfg, PolicyRun | PipelineRun | EvalRun | SampleRun):
         _check_targets(cfg, report)
     for key, algorithm in _algorithms_of(cfg):
-        _check_shares(key, algorithm, report)
+        if getattr(cfg, "domain", None) is None:  # else it is a part of a run that has them all
+            _check_shares(key, algorithm, report)
         _check_teacher_term(key, algorithm, report.model, isinstance(cfg, RLRun) or key.startswith("rl."))
     check_step_eval(cfg, report)  # asks no server
     if isinstance(cfg, MOPDRun | PipelineRun):
@@ -107,6 +108,10 @@ def _check_shares(key: str, algorithm: PolicyAlgorithm, report: Report) -> None:
     for domain, share in algorithm.target_shares.items():
         way_out = f"no prompt belongs to domain {domain!r}; there are {', '.join(report.num_prompts)}"
         require(domain in report.num_prompts, f"{key}.target_shares.{domain}", share, way_out)
+    if algorithm.target_shares:
+        for domain in report.num_prompts:
+            way_out = "has prompts but no share; give it one"
+            require(domain in algorithm.target_shares, f"{key}.target_shares.{domain}", None, way_out)
 
 
 def _check_merge(cfg: MergeRun) -> Report:

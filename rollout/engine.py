@@ -109,9 +109,12 @@ def _user_options(cfg: RolloutConfig, model: ModelConfig) -> Iterator[None]:
     """A `UserError` for what vLLM raises as it starts: of half a dozen types, for a value or for the checkpoint."""
     try:  # someone else's checkpoint, and options of the user
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
-        what, mend = f"model.path={model.path!r}", "see whether vLLM holds this checkpoint"
+        what, mend = f"model.path={model.path!r}", "see whether vLLM holds this checkpoint; for memory give"
+        mend += " rollout.vllm.gpu_memory_utilization, or a smaller rollout.max_model_len"
         if cfg.vllm:
             what, mend = f"rollout.vllm={cfg.vllm!r}", "mend what it names, or leave these options out"
         raise UserError(f"{what}: vLLM does not start ({reason}); {mend}") from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
 from posttrain.config import ModelConfig, TeacherBackend, TeacherWorkerConfig, UserError
 from teachers.check import key_of
@@ -153,7 +153,9 @@ class TeacherPool:
             if ref in ready:
                 try:  # a worker that died
                     self._note_process(i, worker, ray.get(ref))
-                except RayActorError as error:
+                except ActorUnavailableError:  # it may come again
+                    continue
+                except (RayActorError, OutOfMemoryError) as error:
                     worker.death = str(error).splitlines()[0]
         restarts, self._restarts = self._restarts, []
         return restarts

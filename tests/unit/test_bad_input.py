@@ -117,6 +117,22 @@ def test_what_is_wrong_is_what_is_named(place, capsys):
     assert mopd(capsys, "algorithm.beta=-1").startswith("algorithm.beta=-1.0: a weight of less than 0")
     found = mopd(capsys, "algorithm.target_shares.maths=0.5")
     assert found == "algorithm.target_shares.maths=0.5: no prompt belongs to domain 'maths'; there are math"
+    two = [{**GOOD, "domain": "math"}, {**numbered(3), "domain": "code"}]
+    found = rl(capsys, with_rows(*two), "algorithm.target_shares.math=1")
+    assert found == "algorithm.target_shares.code=None: has prompts but no share; give it one"
+    assert (
+        main(
+            [
+                "rl",
+                *base(),
+                with_rows(*two),
+                "domain=math",
+                "algorithm.target_shares={math: 1, code: 1}",
+                "dry_run=true",
+            ]
+        )
+        == 0
+    )
     assert mopd(capsys, "algorithm.beta=0").startswith("algorithm.alpha and algorithm.beta=0.0: nothing")
 
 
