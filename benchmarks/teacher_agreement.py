@@ -1,6 +1,6 @@
 """How far the three back ends of a teacher are apart, on answers of a trained student.
 
-    .venv/bin/python -m benchmarks.teacher_agreement --run runs/tiny-seed0 [--json FILE] [--prompts 1000]
+    .venv/bin/python -m benchmarks.teacher_agreement --run runs/tiny-seed0 [--json FILE] [--prompts 2000]
 
 Takes a finished pipeline (`make demo` makes one). Its student answers training prompts of every domain at temperature 1, and
 the domain's teacher scores each answer through Transformers in this process, a vLLM engine and a vLLM server. Differences of
@@ -261,7 +261,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished pipeline")
-    parser.add_argument("--prompts", type=int, default=1000, help="answers of each domain")
+    parser.add_argument("--prompts", type=int, default=2000, help="answers of each domain")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
     if not (args.run / "mopd" / "model").is_dir():
