@@ -1,14 +1,19 @@
-"""Tiny teachers and their student, made once for the tests that ask for them (`tests/unit/teacher_family.py`)."""
+"""What several test files ask for: tiny teachers and their student, made once (`tests/unit/teacher_family.py`), and configs of
+runs in a folder of the test (`tests/unit/run_folders.py`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from examples.tiny.domains import WORLDS
+from posttrain import run_folder
 from posttrain.records import Rollout
 from tests.tiny_models import tiny_qwen3_moe
+from tests.unit.run_folders import run_configs
 from tests.unit.teacher_family import LEARNING_RATES, NUM_RIGHT, sample
 from tests.unit.wrong_teachers import SHAPE, edit, fine_tune
 
@@ -43,3 +48,11 @@ def specialists(student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(scope="session")
 def samples(student: Path) -> dict[str, list[Rollout]]:
     return {domain: sample(student, domain, 32) for domain in WORLDS}
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """See `run_configs`. There are no checkpoints to hash."""
+    monkeypatch.setattr(run_folder, "_fingerprints", lambda cfg: {})
+    with run_configs(tmp_path) as make:
+        yield make

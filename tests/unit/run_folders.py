@@ -19,7 +19,12 @@ def run_configs(runs_dir: Path) -> Iterator[Callable[..., Any]]:
         own = ["model.path=/m", "data.path=/d.jsonl", f"runs_dir={runs_dir}", "name=run", *overrides]
         return compose(command, own)[1]
 
+    let_go()  # of what other tests of this process left open
     yield make
+    let_go()
+
+
+def let_go() -> None:
     for path in list(run_folder._locks):
         run_folder._locks.pop(path).close()
 

@@ -17,18 +17,7 @@ from posttrain import disk, manifest, run_folder
 from posttrain.compose import compose
 from posttrain.config import UserError
 from posttrain.run_folder import RunFolder, find_damage
-from tests.unit.run_folders import contents, run_configs, write_weights
-
-
-@pytest.fixture(autouse=True)
-def no_checkpoints_to_hash(monkeypatch):
-    monkeypatch.setattr(run_folder, "_fingerprints", lambda cfg: {})
-
-
-@pytest.fixture
-def make(tmp_path):
-    with run_configs(tmp_path) as make:
-        yield make
+from tests.unit.run_folders import contents, write_weights
 
 
 def test_a_new_folder_has_config_and_manifest(make):

@@ -15,18 +15,7 @@ import yaml
 from posttrain import run_folder
 from posttrain.config import UserError
 from posttrain.run_folder import RunFolder
-from tests.unit.run_folders import contents, run_configs, write_weights
-
-
-@pytest.fixture(autouse=True)
-def no_checkpoints_to_hash(monkeypatch):
-    monkeypatch.setattr(run_folder, "_fingerprints", lambda cfg: {})
-
-
-@pytest.fixture
-def make(tmp_path):
-    with run_configs(tmp_path) as make:
-        yield make
+from tests.unit.run_folders import contents, write_weights
 
 
 @pytest.mark.parametrize(
